@@ -1,0 +1,98 @@
+"""Projected gradient descent in pixel space: the inner problem of NPD, of adversarial training and of trigger search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdx.errors import UserError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How far and how an adversary may go, in [0,1] pixel units for images of 32×32.
+
+    norm    l2, linf or l1
+    radius  the largest norm of a perturbation; scaled with the image so that a pixel may change as much at any size
+    step    length of a signed step, per pixel
+    steps   how many
+    stop    share of the batch that, once fooled, ends the search early; None: all steps are taken
+    """
+
+    norm: str
+    radius: float
+    step: float
+    steps: int
+    stop: float | None = None
+
+    def __post_init__(self):
+        if self.norm not in PROJECT:
+            raise UserError(f"norm={self.norm!r}: expected one of {', '.join(PROJECT)}")
+        if self.radius <= 0 or self.step <= 0 or self.steps < 1:
+            raise UserError(f"radius={self.radius}, step={self.step}, steps={self.steps}: expected positive numbers")
+
+    def radius_at(self, shape: tuple[int, int, int]) -> float:
+        """The radius for images of shape (C, H, W); pixel counts enter as their root (L2), as they are (L1) or not."""
+        ratio = shape[0] * shape[1] * shape[2] / (3 * 32 * 32)
+        return self.radius * {"l2": ratio**0.5, "l1": ratio, "linf": 1.0}[self.norm]
+
+
+def project_l2(delta: Tensor, radius: float) -> Tensor:
+    norm = delta.flatten(1).norm(dim=1).clamp_min(1e-12)
+    return delta * (radius / norm).clamp(max=1).view(-1, 1, 1, 1)
+
+
+def project_linf(delta: Tensor, radius: float) -> Tensor:
+    return delta.clamp(-radius, radius)
+
+
+def project_l1(delta: Tensor, radius: float) -> Tensor:
+    """Euclidean projection onto the L1 ball by soft thresholding (Duchi et al. 2008)."""
+    flat = delta.flatten(1)
+    size = flat.abs().sort(dim=1, descending=True).values
+    excess = size.cumsum(1) - radius
+    count = torch.arange(1, flat.shape[1] + 1, device=flat.device)
+    rank = (size * count > excess).sum(1, keepdim=True)  # how many entries stay non-zero
+    threshold = (excess.gather(1, rank - 1) / rank).clamp_min(0)
+    return (flat.sign() * (flat.abs() - threshold).clamp_min(0)).view_as(delta)
+
+
+PROJECT = {"l2": project_l2, "linf": project_linf, "l1": project_l1}
+
+
+def perturb(
+    net: Callable[[Tensor], Tensor],
+    x: Tensor,
+    label: Tensor,
+    budget: Budget,
+    *,
+    targeted: bool,
+    universal: bool = False,
+    first: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """x + δ, clamped to [0,1], with ‖δ‖ ≤ radius: towards `label` if targeted, else away from it.
+
+    x: (N, C, H, W) float; label: (N,) int64. universal: one δ for the whole batch, from the summed gradient.
+    first: (x, logits) of a forward pass on x whose graph is still there and whose x requires a gradient; the search
+    starts at δ = 0, so that pass is its first step and is not run again. No gradient of any weight is computed.
+    """
+    project, radius = PROJECT[budget.norm], budget.radius_at(x.shape[1:])
+    sign = -1.0 if targeted else 1.0
+    delta = torch.zeros_like(x[:1] if universal else x)
+    for i in range(budget.steps):
+        if first is not None and i == 0:
+            at, logits = first
+        else:
+            at = (x + delta).clamp(0, 1).requires_grad_()
+            logits = net(at)
+        if budget.stop is not None and float(((logits.argmax(1) == label) == targeted).float().mean()) > budget.stop:
+            break
+        loss = F.cross_entropy(logits, label, reduction="sum")
+        (grad,) = torch.autograd.grad(loss, at, retain_graph=first is not None and i == 0)
+        grad = grad.sum(0, keepdim=True) if universal else grad
+        delta = project(delta + sign * budget.step * grad.sign(), radius)
+    return (x + delta).clamp(0, 1).detach()

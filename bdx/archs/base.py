@@ -1,0 +1,81 @@
+"""Classifier: normalisation and a body; saved with a JSON from which `bdx.load` builds it again in two lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bdx import surgery
+from bdx.build import instantiate
+from bdx.errors import UserError
+from bdx.store import file_sha256, provenance, save_folder
+
+FORMAT = "bdx-net-1"
+ALLOWED = ("bdx.archs.", "bdx.polarizers.", "torchvision.models.", "timm.create_model")
+
+
+class Normalize(nn.Module):
+    """(x − mean) / std per channel, for x in [0,1]."""
+
+    def __init__(self, mean: list[float], std: list[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+class Classifier(nn.Module):
+    """Pixels in [0,1] (N,C,H,W) -> logits (N,K). `spec` is what it is built from."""
+
+    def __init__(self, normalize: Normalize, body: nn.Module, spec: dict):
+        super().__init__()
+        self.normalize, self.body, self.spec = normalize, body, spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.normalize(x))
+
+
+def build(arch: dict, *, num_classes: int, mean: list[float], std: list[float], shape: tuple[int, int, int]) -> Classifier:
+    """arch: a config of conf/arch. Tries one forward pass on `shape` (C,H,W): a net that cannot take it says so now."""
+    spec = {"arch": arch, "num_classes": num_classes, "mean": mean, "std": std, "shape": list(shape)}
+    body = instantiate(arch, allowed=ALLOWED, num_classes=num_classes)
+    net = Classifier(Normalize(mean, std), body, spec).to(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad(), surgery.mode(net, False):
+            out = net(torch.zeros(2, *shape))
+        if out.shape != (2, num_classes):
+            raise ValueError(f"its output has shape {tuple(out.shape[1:])} instead of ({num_classes},)")
+    except (RuntimeError, ValueError, AssertionError) as e:
+        raise UserError(f"{arch['_target_']} cannot classify images of {shape}: {str(e).splitlines()[0]}") from None
+    return net
+
+
+def save(net: Classifier, folder: Path, **facts) -> None:
+    """Write net.safetensors and net.json (architecture, insertions, checksum, versions, `facts`) into `folder`."""
+    meta = {"format": FORMAT, **net.spec, "insertions": surgery.insertions(net), "versions": provenance(), **facts}
+    save_folder(folder, net.state_dict(), meta, weights="net.safetensors", sheet="net.json")
+
+
+def load(folder: Path | str) -> Classifier:
+    """The net in `folder`, in eval mode on the CPU. Keys and shapes must match exactly, the checksum too."""
+    folder = Path(folder)
+    try:
+        meta = json.loads((folder / "net.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no net.json: expected a folder that a run has written (nets/<id>)") from None
+    if meta.get("format") != FORMAT:
+        raise UserError(f"{folder}/net.json: format={meta.get('format')!r}, expected {FORMAT!r}")
+    if meta["sha256"] != file_sha256(folder / "net.safetensors"):
+        raise UserError(f"{folder}/net.safetensors does not match its checksum: truncated or altered, make it again")
+    keys = ("num_classes", "mean", "std")
+    net = build(meta["arch"], **{k: meta[k] for k in keys}, shape=tuple(meta["shape"]))
+    for edit in meta["insertions"]:
+        surgery.insert(net, edit["at"], instantiate(edit["layer"], allowed=ALLOWED), edit["layer"])
+    net.load_state_dict(load_file(folder / "net.safetensors"))
+    return net.eval()

@@ -1,0 +1,186 @@
+"""The console command. Imports neither torch nor Lightning until a run starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from bdx.errors import UserError, nearest
+
+HELP = """bdx: train backdoored image classifiers, repair them, and measure how well the repair worked
+
+  bdx attack=NAME defense=NAME [dataset=NAME arch=NAME train=NAME] [key=value …]   one cell of a table
+  bdx experiment=demo              a preset: a whole cell in a minute, nothing to download
+  bdx -m attack=badnets,blended defense=ft,npd seed=0,1,2                          a grid, by Hydra's multirun
+  bdx info [attacks|defenses|datasets|archs|layers]                                what there is
+  bdx data prepare NAME [key=value …] | bdx data list                              image caches
+  bdx … --cfg job                  print the configuration instead of running it
+  eval "$(bdx -sc install=bash)"   tab completion
+
+A run that is done is not run again: its row is shown. Everything lies under ./outputs (BDX_OUT or paths.out), images
+under ./data (BDX_DATA or paths.data). Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted.
+"""
+HYDRAS_OWN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "--resolve", "--package", "-p")
+
+
+def help() -> str:
+    from bdx.configure import CONF
+
+    names = {g: sorted(p.stem for p in (CONF / g).glob("*.yaml") if p.stem != "base") for g in sorted(os.listdir(CONF)) if (CONF / g).is_dir()}
+    return HELP + "\n" + "\n".join(f"  {g:<11}{' '.join(options)}" for g, options in names.items()) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exit code 0 done, 1 failed, 2 refused (one line says why), 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGUSR2, interrupted)
+    try:
+        sys.exit(dispatch(argv))
+    except UserError as e:
+        print(f"bdx: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nbdx: interrupted; nothing half-written is left, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def interrupted(number, frame):
+    raise KeyboardInterrupt
+
+
+def dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(help(), end="")
+        return 0
+    if argv[0] == "--version":
+        from bdx import __version__
+
+        print(f"bdx {__version__}")
+        return 0
+    if argv[0] == "info":
+        from bdx.info import info
+
+        return info(argv[1:])
+    if argv[0] == "data":
+        return data(argv[1:])
+    if any(a in ("-m", "--multirun") for a in argv):
+        return multirun(argv)
+    if any(a.split("=")[0] in HYDRAS_OWN for a in argv):
+        return hydra_main(argv, lambda cfg: None)
+    if unknown := [a for a in argv if "=" not in a and not a.startswith("~")]:
+        raise UserError(
+            f"{unknown[0]}: neither a command{nearest(unknown[0], ['info', 'data', 'help'])} nor key=value; `bdx --help` shows what there is"
+        )
+    return single(argv)
+
+
+def single(argv: list[str]) -> int:
+    from bdx.configure import compose
+
+    cfg = compose(argv)
+    show([execute(cfg)], cfg)
+    return 0
+
+
+def execute(cfg) -> dict:
+    from bdx.run import run
+    from bdx.screen import Screen
+
+    screen = Screen()
+    names = cfg.names
+    screen.say(f"{names.attack} on {names.dataset}, {names.arch}, train={names.train}; then {names.defense}; seed {cfg.seed}")
+    try:
+        return run(cfg, screen)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        raise KeyboardInterrupt from None
+
+
+def show(rows: list[dict], cfg) -> None:
+    from bdx import results
+    from bdx.screen import Screen
+
+    screen = Screen()
+    screen.table(rows)
+    for row in rows:
+        nets, id = Path(cfg.paths.nets), row["id"]
+        screen.places(results.path(cfg.paths.results, id), nets / id, nets / f"{id}.log" / "trigger.png")
+
+
+def multirun(argv: list[str]) -> int:
+    """Hydra's multirun; a cell that fails is named at the end and does not stop the others."""
+    from hydra import initialize_config_dir
+
+    from bdx.configure import CONF, check, named
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        check([a for a in argv if not a.startswith("-")])
+    done, failed = [], []
+
+    def cell(cfg):
+        from hydra.core.hydra_config import HydraConfig
+
+        job = HydraConfig.get()
+        named(cfg, dict(job.runtime.choices), list(job.overrides.task))
+        try:
+            done.append((execute(cfg), cfg))
+        except UserError as e:
+            failed.append(f"{' '.join(job.overrides.task)}: {e}")
+            if "BasicLauncher" not in job.launcher._target_:
+                raise
+
+    hydra_main(argv, cell)
+    if done:
+        show([row for row, _ in done], done[0][1])
+    for line in failed:
+        print(f"bdx: failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def hydra_main(argv: list[str], task) -> int:
+    import hydra
+
+    from bdx.configure import CONF
+
+    sys.argv = [sys.argv[0], *argv]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    return 0
+
+
+def data(argv: list[str]) -> int:
+    """`bdx data prepare NAME [key=value …]` and `bdx data list`."""
+    from bdx import imagefile
+    from bdx.configure import compose
+
+    if argv[:1] == ["list"]:
+        folder = Path(compose(argv[1:]).paths.data).expanduser()
+        for path in sorted(folder.glob("*.safetensors")):
+            print(line(path, imagefile.header(path)))
+        if not any(folder.glob("*.safetensors")):
+            print(f"no image caches in {folder}; `bdx data prepare NAME` makes one")
+        return 0
+    if argv[:1] != ["prepare"] or len(argv) < 2:
+        raise UserError("expected `bdx data prepare NAME [key=value …]` or `bdx data list`")
+    from omegaconf import OmegaConf
+
+    from bdx.build import instantiate
+
+    cfg = compose([f"dataset={argv[1]}", *argv[2:]])
+    maker = instantiate(OmegaConf.to_container(cfg.dataset.source, resolve=True))
+    path = maker(Path(cfg.paths.data).expanduser())
+    print(line(path, imagefile.header(path)))
+    return 0
+
+
+def line(path: Path, head: dict) -> str:
+    (train, test), shape = head["sizes"], "×".join(map(str, head["shape"]))
+    return f"{path}: {train} + {test} images of {shape}, {len(head['classes'])} classes, {head['source']}, sha256 {head['sha256'][:12]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""NPD: a linear layer inside the frozen net learns to filter what targeted perturbations change, and with it triggers.
+
+Source: Zhu et al., Neural Polarizer, NeurIPS 2023, arXiv 2306.16697; sec. 3 and Tables 3, 4, 13, 15.
+
+Upper problem, over the polarizer θ:  λ_bn CE(f_θ(x), y) + λ_ce CE(f_θ(x+δ), y)
+                                      + λ_margin (−log(1 − max_{k≠y} s_k)) + λ_asr (−log(1 − s_{y'})),  s at x+δ
+Lower problem, per image:             δ = argmin CE(f_θ(x+δ), y') within ‖δ‖ ≤ ρ, by PGD on the defended net
+
+NPD guesses y' for each image as the runner-up class of f_θ(x). NPD-TP knows the target, NPD-TU knows it and shares one δ
+per batch, NPD-UP and NPD-UU push away from y instead. recipe=code follows the released code where it differs: its first
+adversarial term asks for the net's own prediction on x in place of y, and its logarithms are of 1.0001 − s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdx import surgery
+from bdx.adversarial import Budget, perturb
+from bdx.datasets.base import ImageData
+from bdx.defenses.base import Tuning
+from bdx.errors import UserError
+from bdx.polarizers import STRUCTURES
+
+IGNORE = -100  # cross_entropy's own mark of a sample that does not count
+
+
+class NPD(Tuning):
+    """layer      where the polarizer goes: a module's name, or one of shallow, middle, third_to_last, penultimate, last, whole
+    structure     conv_bn, conv, conv_bn_x2, linear, osad or osdn (bdx.polarizers)
+    init          identity (BatchNorm calibrated to the features' own moments) or plain (γ = 1, β = 0)
+    bn_mode       of the polarizer's BatchNorm after warm-up: frozen or train
+    warmup_epochs, warmup_lr   plain SGD on clean images alone, BatchNorm in train mode
+    budget        the perturbation's norm, radius and steps
+    targeted, universal, target    the variant; target=null guesses it per image
+    recipe        paper or code
+    lambda_*      weights of the four terms; 0 leaves a term out (Table 3)
+    """
+
+    def __init__(
+        self, net: nn.Module, *, layer: str, structure: str, init: str, bn_mode: str, warmup_epochs: int,
+        warmup_lr: float, budget: Budget, targeted: bool, universal: bool, target: int | None, recipe: str,
+        lambda_bn: float, lambda_ce: float, lambda_margin: float, lambda_asr: float, **loop,
+    ):  # fmt: skip
+        for key, value, choices in (
+            ("structure", structure, STRUCTURES),
+            ("init", init, ("identity", "plain")),
+            ("bn_mode", bn_mode, ("frozen", "train")),
+            ("recipe", recipe, ("paper", "code")),
+        ):
+            if value not in choices:
+                raise UserError(f"defense.{key}={value}: expected one of {', '.join(choices)}")
+        super().__init__(surgery.freeze(net), **loop)
+        self.init, self.bn_mode, self.warmup_epochs, self.warmup_lr = init, bn_mode, warmup_epochs, warmup_lr
+        self.budget, self.targeted, self.universal, self.target = budget, targeted, universal, target
+        self.recipe, self.warming = recipe, False
+        self.weights = {"bn": lambda_bn, "ce": lambda_ce, "margin": lambda_margin, "asr": lambda_asr}
+        self.at = self.insert(layer, structure)
+
+    def insert(self, layer: str, structure: str) -> str:
+        """Put the polarizer in front of `layer`; returns that module's new name inside the net."""
+        sample = torch.zeros(2, *self.net.spec["shape"])
+        at = surgery.locate(self.net, layer, sample)
+        shape = surgery.input_shape(self.net, at, sample)
+        if len(shape) != 3:
+            raise UserError(f"defense.layer={layer}: its input has shape {shape}; a polarizer needs a map (C, H, W)")
+        kind = STRUCTURES[structure]
+        self.polarizer = kind(shape[0])
+        spec = {"_target_": f"{kind.__module__}.{kind.__name__}", "channels": shape[0]}
+        surgery.insert(self.net, at, self.polarizer, spec)
+        return at
+
+    # the loop
+
+    def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
+        batches = self.batches(data)
+        if self.init == "identity" and self.polarizer.norms():
+            self.to(data.clean.x.device)
+            once = data.batches(data.clean, size=self.batch, shuffle=False, augment=False)
+            self.polarizer.calibrate(*surgery.moments(self.net, f"{self.at}.layer", once))
+        if self.warmup_epochs:
+            self.warming = True
+            self.polarizer.train()
+            make_trainer("warm-up", self.warmup_epochs).fit(self, batches)
+            self.warming = False
+        self.polarizer.train(self.bn_mode == "train")
+        make_trainer(type(self).__name__, self.epochs).fit(self, batches)
+        return self.net
+
+    def trained(self):
+        return self.polarizer.parameters()
+
+    def configure_optimizers(self):
+        if self.warming:
+            return torch.optim.SGD(self.trained(), lr=self.warmup_lr)
+        return super().configure_optimizers()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward(inputs=list(self.polarizer.parameters()))  # and not into the pixels, whose gradient is spent
+
+    def training_step(self, batch, _):
+        x, y = batch.x.requires_grad_(not self.warming), batch.y
+        logits = self.net(x)
+        terms = {"bn": F.cross_entropy(logits, y)}
+        if not self.warming:
+            with self.still():
+                worst = self.worst_case(x, y, logits)
+                terms |= self.robust_terms(self.net(worst).float(), y, logits.detach())
+        return {"loss": sum(self.weights[k] * v for k, v in terms.items()), **terms}
+
+    # the two problems
+
+    def towards(self, y: Tensor, logits: Tensor) -> Tensor:
+        """(N,) the class that each perturbation aims at, or away from; IGNORE where an image is of that class itself."""
+        if not self.targeted:
+            return y
+        if self.target is None:
+            return runner_up(logits.detach(), y)
+        return torch.where(y == self.target, IGNORE, self.target)
+
+    def worst_case(self, x: Tensor, y: Tensor, logits: Tensor) -> Tensor:
+        """x + δ; the clean pass that gave `logits` is the search's first step."""
+        label = self.towards(y, logits)
+        how = {"targeted": self.targeted, "universal": self.universal}
+        return perturb(self.net, x.detach(), label, self.budget, first=(x, logits), **how)
+
+    def robust_terms(self, adv: Tensor, y: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        """adv: logits (N,K) at x+δ; logits: at x. Means over the images that were attacked."""
+        attacked = runner_up(adv.detach(), y) if not self.targeted else self.towards(y, logits)
+        counts = attacked != IGNORE
+        right = y if self.recipe == "paper" else logits.argmax(1)
+        terms = {
+            "ce": F.cross_entropy(adv, right, reduction="none"),
+            "margin": -self.log_without(adv, runner_up(adv.detach(), y)),
+            "asr": -self.log_without(adv, attacked.clamp_min(0)),
+        }
+        return {k: (v * counts).sum() / counts.sum().clamp_min(1) for k, v in terms.items()}
+
+    def log_without(self, logits: Tensor, k: Tensor) -> Tensor:
+        """log(1 − s_k) per image: exact by log-sum-exp, or as the code has it."""
+        if self.recipe == "code":
+            return (1.0001 - logits.softmax(1).gather(1, k[:, None])[:, 0]).log()
+        others = logits.scatter(1, k[:, None], float("-inf"))
+        return others.logsumexp(1) - logits.logsumexp(1)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """BatchNorm in train mode keeps its running statistics while perturbed images pass."""
+        before = [(bn, bn.momentum) for bn in self.polarizer.norms()]
+        for bn, _ in before:
+            bn.momentum = 0.0
+        try:
+            yield
+        finally:
+            for bn, momentum in before:
+                bn.momentum = momentum
+
+
+def runner_up(logits: Tensor, y: Tensor) -> Tensor:
+    """(N,) the most likely class other than y."""
+    return logits.scatter(1, y[:, None], float("-inf")).argmax(1)

@@ -1,0 +1,20 @@
+"""The one exception that a user's mistake ends in; the command line prints it as one line, without a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """What was asked, what was found, and what would do."""
+
+
+def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
+    """' (did you mean a, b?)', or nothing where nothing is near."""
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=n, cutoff=0.5)
+    # a dotted name may be right but for the place it stands in
+    tail = name.rsplit(".", 1)[-1]
+    near += [o for o in names if o not in near and o.rsplit(".", 1)[-1] == tail][: n - len(near)]
+    return f" (did you mean {', '.join(near)}?)" if near else ""

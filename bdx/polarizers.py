@@ -1,0 +1,119 @@
+"""Polarizers: the layers that NPD inserts into a frozen net (NPD sec. 3.2 and Table 13).
+
+Each takes and returns features (N, C, H, W) and starts as the identity; `calibrate(mean, var)` tells it the moments of
+the features (each (C,)), so that a polarizer with BatchNorm is the identity with running statistics of these features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def identity_conv(channels: int) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, channels, 1, bias=False)
+    nn.init.dirac_(conv.weight)
+    return conv
+
+
+class Polarizer(nn.Module):
+    """channels: C of the features."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+
+    def norms(self) -> list[nn.BatchNorm2d]:
+        return [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    @torch.no_grad()
+    def calibrate(self, mean: Tensor, var: Tensor) -> None:
+        for bn in self.norms():
+            bn.running_mean.copy_(mean)
+            bn.running_var.copy_(var)
+            bn.weight.copy_((var + bn.eps).sqrt())
+            bn.bias.copy_(mean)
+
+
+class Conv(Polarizer):
+    """A 1×1 convolution alone."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.conv = identity_conv(channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.conv(z)
+
+
+class ConvBN(Conv):
+    """The paper's polarizer: a 1×1 convolution without bias, then BatchNorm."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.bn(self.conv(z))
+
+
+class ConvBNx2(Polarizer):
+    """Table 13's (Conv-BN)×2."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.first, self.second = ConvBN(channels), ConvBN(channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.second(self.first(z))
+
+
+class Linear(Polarizer):
+    """A weight and a bias for each channel: w ⊙ z + b (Table 13's "Linear")."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * self.weight + self.bias
+
+
+class Denoiser(Polarizer):
+    """A residual denoising block in the manner of Xie et al. 2019 (CVPR): z + W (denoise(z) − z), W a 1×1 convolution.
+
+    Table 13 names OSAD and OSDN without saying what they are, and no released code has them: `denoise` is our
+    assumption. W starts at 0, which makes the block the identity.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.mix = nn.Conv2d(channels, channels, 1, bias=False)
+        nn.init.zeros_(self.mix.weight)
+
+    def denoise(self, z: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must say how it denoises")
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.mix(self.denoise(z) - z)
+
+
+class OSAD(Denoiser):
+    """Denoising by attention: each position becomes a mean of all, weighted by the dot product of their features."""
+
+    def denoise(self, z: Tensor) -> Tensor:
+        flat = z.flatten(2)
+        weight = (flat.transpose(1, 2) @ flat / self.channels**0.5).softmax(-1)  # (N, HW, HW)
+        return (flat @ weight.transpose(1, 2)).view_as(z)
+
+
+class OSDN(Denoiser):
+    """Denoising by the 3×3 local mean."""
+
+    def denoise(self, z: Tensor) -> Tensor:
+        return F.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)
+
+
+STRUCTURES = {"conv_bn": ConvBN, "conv": Conv, "conv_bn_x2": ConvBNx2, "linear": Linear, "osad": OSAD, "osdn": OSDN}

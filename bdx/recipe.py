@@ -1,0 +1,66 @@
+"""Configuration -> canonical dict -> id. No torch in here: a sweep knows a cell without starting it.
+
+Identity is by exclusion: every key shapes the result unless PLUMBING says otherwise, so a key that somebody adds
+tomorrow can never be forgotten (a debug run that poisons the store is how the other rule fails).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from bdx.errors import UserError
+
+VERSION = 1  # raise it when the meaning of a recipe changes, so that older artifacts are not taken for newer ones
+PLUMBING = ("paths", "trainer", "logger", "hydra")
+BACKDOOR = ("dataset", "arch", "attack", "train", "seed")
+
+
+def canonical(node, key: str = ""):
+    """A plain, sorted, resolved form: 1.0 and 1 are one number, a user's `file` is its content and not its path."""
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, dict):
+        return {k: canonical(node[k], k) for k in sorted(node)}
+    if isinstance(node, (list, tuple)):
+        return [canonical(v) for v in node]
+    if isinstance(node, float) and node.is_integer():
+        return int(node)
+    if key == "file" and isinstance(node, str):
+        if not Path(node).is_file():
+            raise UserError(f"file={node}: there is no such file")
+        return "sha256:" + hashlib.sha256(Path(node).read_bytes()).hexdigest()
+    return node
+
+
+def digest(recipe: dict) -> str:
+    """16 hex digits (64 bits) of the SHA-256 of the canonical JSON."""
+    text = json.dumps(recipe, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def identified(dataset: dict, sha256: str) -> dict:
+    """The data set by the hash of its pixels and labels: where it came from (`source`) does not matter any more."""
+    return {k: v for k, v in dataset.items() if k != "source"} | {"sha256": sha256}
+
+
+def of_run(cfg: DictConfig, data_sha256: str) -> dict:
+    """The recipe of one cell: everything but plumbing."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    recipe = {k: v for k, v in plain.items() if k not in PLUMBING}
+    return canonical(recipe | {"dataset": identified(plain["dataset"], data_sha256), "version": VERSION})
+
+
+def of_backdoor(cfg: DictConfig, data_sha256: str) -> dict:
+    """The recipe of the backdoored weights, shared by every defense of a row.
+
+    Which images a defender may trust is part of it only where they are taken away from the victim.
+    """
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    recipe = {k: plain[k] for k in BACKDOOR} | {"dataset": identified(plain["dataset"], data_sha256)}
+    if recipe["dataset"]["reserved"]["source"] == "train":
+        recipe["dataset"] = {k: v for k, v in recipe["dataset"].items() if k != "reserved"}
+    return canonical(recipe | {"version": VERSION})

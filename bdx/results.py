@@ -1,0 +1,35 @@
+"""Result rows: one small JSON file per measured cell, named by the run's id. The files are the truth; tables read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bdx.store import write_atomically
+
+
+def path(folder: Path | str, id: str) -> Path:
+    return Path(folder) / f"{id}.json"
+
+
+def find(folder: Path | str, id: str) -> dict | None:
+    """The row of this run, or None; a file that is not whole does not count."""
+    try:
+        row = json.loads(path(folder, id).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return row if row.get("id") == id else None
+
+
+def write(folder: Path | str, row: dict) -> dict:
+    """Write the row last of all, by rename: a row that exists stands for a run that ended well."""
+    write_atomically(path(folder, row["id"]), json.dumps(row, indent=1) + "\n")
+    return row
+
+
+def collect(folder: Path | str):
+    """All rows as a pandas DataFrame; foreign files are left alone."""
+    import pandas as pd
+
+    rows = (find(folder, p.stem) for p in sorted(Path(folder).glob("*.json")))
+    return pd.DataFrame([{k: v for k, v in row.items() if not isinstance(v, (dict, list))} for row in rows if row])

@@ -1,0 +1,149 @@
+"""run: one cell of a table. Read this first."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import time
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from bdx import imagefile, metrics, recipe, results, store
+from bdx.archs import base as archs
+from bdx.attacks.base import Attack
+from bdx.build import instantiate
+from bdx.datasets import base as datasets
+from bdx.defenses.base import Defense
+from bdx.errors import UserError
+from bdx.evaluate import evaluate
+from bdx.screen import Screen
+from bdx.tracking import draw_trigger
+from bdx.training import Recipe, accelerate, make_trainer
+
+
+def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
+    """Train the backdoor (or load it), repair it, measure. Returns the result row, written to paths.results/<id>.json.
+
+    Raises UserError for whatever cannot be done, before anything is trained.
+    """
+    screen = screen or Screen(quiet=True)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    paths = {k: Path(v).expanduser() for k, v in plain["paths"].items()}
+    sha256 = imagefile.header(datasets.cache_path(plain["dataset"], paths["data"]))["sha256"]
+    id = recipe.digest(recipe.of_run(cfg, sha256))
+    if row := results.find(paths["results"], id):
+        screen.say("this run is done; its row is shown (remove the row to run it again)")
+        return row
+    device, accelerator = accelerate(plain["trainer"]["accelerator"])
+    data = datasets.load(plain["dataset"], paths["data"], device=device, seed=cfg.seed)
+    attack = build_attack(cfg, data)
+    check(build_defense(cfg, attack), attack)
+    data = data.poisoned(attack.poison(data.train))
+    tracker = instantiate(plain["logger"], allowed=("bdx.tracking.",))
+    tracker.start(plain, id, folder := paths["nets"] / f"{id}.log")
+    report = partial(heard, screen, tracker)
+    trainer = partial(make_trainer, accelerator=accelerator, precision=cfg.train.precision, seed=cfg.seed, report=report)
+    try:
+        backdoor = store.Store(paths["store"]).get_or_make(
+            recipe.of_backdoor(cfg, sha256), lambda checkpoint: fit(attack, data, trainer, checkpoint, screen)
+        )
+        recover(attack, data, backdoor)
+        before = evaluate(attack.net, attack, data.test)
+        torch.manual_seed(cfg.seed)  # whether the backdoor was trained or loaded must not show in what follows
+        defense = build_defense(cfg, attack)
+        started = time.monotonic()
+        net = defense.run(data.allow(defense.needs), trainer)
+        seconds = time.monotonic() - started
+        archs.save(net, paths["nets"] / id, classes=list(data.classes), run=id, backdoor=backdoor.id)
+        after = evaluate(archs.load(paths["nets"] / id), attack, data.test)  # what lies on disk is what the row describes
+        if attack.has_trigger:
+            draw_trigger(attack, data.test, folder / "trigger.png")
+            tracker.picture(folder / "trigger.png")
+        row = row_of(cfg, id, backdoor, data, before, after, seconds, device)
+        tracker.finish(row)
+        return results.write(paths["results"], row)
+    except BaseException:
+        tracker.fail()
+        raise
+    finally:
+        screen.close()
+
+
+def build_attack(cfg: DictConfig, data: datasets.ImageData) -> Attack:
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    torch.manual_seed(cfg.seed)
+    about = {"num_classes": data.num_classes, "shape": data.shape}
+    net = archs.build(plain["arch"], **plain["dataset"]["normalize"], **about)
+    how: Recipe = instantiate(plain["train"])
+    return instantiate(plain["attack"], net=net, recipe=how, seed=cfg.seed, **about)
+
+
+def build_defense(cfg: DictConfig, attack: Attack) -> Defense:
+    return instantiate(cfg.defense, net=copy.deepcopy(attack.net))
+
+
+def check(defense: Defense, attack: Attack) -> None:
+    """Refuse what cannot work, naming both sides."""
+    if "train" in defense.needs and not attack.leaves_poison:
+        raise UserError(
+            f"{type(defense).__name__} works on the poisoned training set, and {type(attack).__name__} leaves none; take "
+            "an attack that poisons data (`bdx info attacks`) or a defense that needs clean images alone"
+        )
+
+
+def heard(screen: Screen, tracker, stage: str, epoch: int, epochs: int, means: dict, seconds: float) -> None:
+    screen.epoch(stage, epoch, epochs, means, seconds)
+    tracker.epoch(stage, epoch, means)
+
+
+def fit(attack: Attack, data: datasets.ImageData, trainer, checkpoint: Path, screen: Screen) -> tuple[dict, dict]:
+    """Train the backdoor: (tensors to store, facts about them)."""
+    if checkpoint.exists():
+        screen.say("going on from where an earlier run was stopped")
+    started = time.monotonic()
+    attack.fit(data, trainer, checkpoint)
+    facts = {"seconds": time.monotonic() - started, "poisoned_images": int(data.train.poisoned.sum())}
+    indices = {"split.poisoned": data.train.poisoned, "split.reserved": data.reserved}
+    return attack.state_dict() | indices, facts
+
+
+def recover(attack: Attack, data: datasets.ImageData, backdoor: store.Artifact) -> None:
+    """Load the stored backdoor into `attack`; its poisoned images must be the ones that this run would draw."""
+    tensors = dict(backdoor.tensors)
+    poisoned, _ = tensors.pop("split.poisoned"), tensors.pop("split.reserved")
+    if not torch.equal(poisoned, data.train.poisoned.cpu()):
+        raise UserError(f"{backdoor.path} was trained on other poisoned images than this run draws; remove it")
+    attack.load_state_dict(tensors)
+    attack.to(data.test.x.device).eval()
+
+
+def row_of(cfg, id, backdoor, data, before: dict, after: dict, seconds: float, device: torch.device) -> dict:
+    """The flat result row. Scores are fractions, memory is in MiB, times in seconds."""
+    of = store.provenance()
+    scores = {f"{k}_before": v for k, v in before.items()} | after
+    known = None not in scores.values()
+    return {
+        "id": id, **cfg.names, **cfg.asked, "seed": cfg.seed, **scores,
+        "der": metrics.der(*(scores[k] for k in ("acc_before", "asr_before", "acc", "asr"))) if known else None,
+        "seconds_attack": backdoor.meta["seconds"], "seconds_defense": seconds, "peak_memory": peak_memory(device),
+        "n_test": len(data.test), "n_reserved": len(data.clean), "n_poisoned": backdoor.meta["poisoned_images"],
+        "precision": cfg.train.precision, "device": device_name(device), "torch": of["torch"], "commit": of["commit"],
+        "lightning": of["pytorch-lightning"], "backdoor": backdoor.id, "data_sha256": data.sha256,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip
+
+
+def peak_memory(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+

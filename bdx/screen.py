@@ -1,0 +1,79 @@
+"""What a run shows in the terminal: progress while it works, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+HEAD = ("ACC", "ASR", "RA")
+
+
+class Screen:
+    """Epochs as a bar on a terminal; elsewhere as a line now and then, so that a log file stays readable."""
+
+    def __init__(self, quiet: bool = False):
+        self.console, self.quiet = Console(highlight=False), quiet
+        self.bar: Progress | None = None
+        self.stage, self.said = "", 0.0
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            (self.bar.console if self.bar else self.console).print(text, soft_wrap=True)
+
+    def epoch(self, stage: str, epoch: int, epochs: int, means: dict, seconds: float) -> None:
+        if self.quiet:
+            return
+        if self.console.is_terminal:
+            self.advance(stage, epoch, epochs, means)
+            return
+        if epoch in (1, epochs) or time.monotonic() - self.said > 5:
+            left = (epochs - epoch) * seconds
+            tail = f", about {left:.0f} s left" if epoch < epochs else ""
+            self.say(f"{stage}: epoch {epoch}/{epochs}, loss {means['loss']:.4f}, {seconds:.1f} s{tail}")
+            self.said = time.monotonic()
+
+    def advance(self, stage: str, epoch: int, epochs: int, means: dict) -> None:
+        if self.bar is None or stage != self.stage:
+            self.close()
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=self.console)
+            self.task = self.bar.add_task(stage, total=epochs, loss=0.0)
+            self.stage = stage
+            self.bar.start()
+        self.bar.update(self.task, completed=epoch, loss=means["loss"])
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+            self.bar = None
+
+    def table(self, rows: list[dict]) -> None:
+        """Before and after, in percent, with everything that makes the number checkable."""
+        self.close()
+        table = Table(title=None)
+        for name in ("data set", "arch", "attack", "defense", "seed"):
+            table.add_column(name)
+        for when in ("before", "after"):
+            for name in HEAD:
+                table.add_column(f"{name}\n{when}", justify="right")
+        for name in ("DER", "attack s", "defense s"):
+            table.add_column(name, justify="right")
+        for row in rows:
+            before = (percent(row[f"{n.lower()}_before"]) for n in HEAD)
+            after = (percent(row[n.lower()]) for n in HEAD)
+            names = (str(row[k]) for k in ("dataset", "arch", "attack", "defense", "seed"))
+            times = (f"{row['seconds_attack']:.1f}", f"{row['seconds_defense']:.1f}")
+            table.add_row(*names, *before, *after, percent(row["der"]), *times)
+        width = None if self.console.is_terminal else 160
+        self.console.print(table, width=width)
+
+    def places(self, row_file: Path, net: Path, picture: Path) -> None:
+        self.say(f"row      {row_file}\nnet      {net}   (bdx.load rebuilds it)\npicture  {picture}")
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"

@@ -1,0 +1,126 @@
+"""Store: id -> files, made once, whole or not at all; safe against crashes and parallel runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bdx import recipe
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """tensors: name -> Tensor on the CPU. meta: recipe, versions, commit, sha256 and what `make` reported."""
+
+    id: str
+    path: Path
+    tensors: dict[str, Tensor]
+    meta: dict
+
+
+@cache
+def provenance() -> dict:
+    """Versions and commit of what is running."""
+    found = {"python": platform.python_version()}
+    for name in ("bdx", "torch", "torchvision", "pytorch-lightning", "hydra-core"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "?"
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return found | {"commit": git.stdout.strip() or "unknown"}
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the target, then rename: a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        tmp.write_text(text)
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def save_folder(path: Path, tensors: dict[str, Tensor], meta: dict, *, weights: str, sheet: str) -> None:
+    """Write `weights` (safetensors) and `sheet` (JSON, with the weights' checksum) into a new folder, then rename it."""
+    tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, tmp / weights)
+        meta = meta | {"sha256": file_sha256(tmp / weights)}
+        (tmp / sheet).write_text(json.dumps(meta, indent=1, sort_keys=True))
+        if path.exists():  # a folder cannot be renamed onto another: move the old one away first
+            shutil.rmtree(old := path.parent / f".{path.name}.{os.getpid()}.old", ignore_errors=True)
+            os.replace(path, old)
+            shutil.rmtree(old)
+        os.replace(tmp, path)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+class Store:
+    """A folder of artifacts, each named by the id of its recipe."""
+
+    def __init__(self, root: Path | str):
+        self.root = Path(root)
+
+    def find(self, id: str) -> Artifact | None:
+        """The artifact, or None if it is missing, truncated or altered (its checksum tells)."""
+        path = self.root / id
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            if meta["sha256"] != file_sha256(path / "weights.safetensors"):
+                return None
+            return Artifact(id, path, load_file(path / "weights.safetensors"), meta)
+        except (FileNotFoundError, json.JSONDecodeError, KeyError):
+            return None
+
+    def get_or_make(self, spec: dict, make: Callable[[Path], tuple[dict[str, Tensor], dict]]) -> Artifact:
+        """Return the artifact of recipe `spec`; if it is not there, `make(checkpoint)` -> (tensors, facts) makes it.
+
+        Of N processes that ask at once, one makes it and the others wait. `checkpoint` is a path where `make` may
+        keep what it needs to go on after being killed; it is removed once the artifact stands.
+        """
+        id = recipe.digest(spec)
+        if found := self.find(id):
+            return found
+        self.root.mkdir(parents=True, exist_ok=True)
+        checkpoint = self.root / f".{id}.ckpt"
+        with FileLock(self.root / f".{id}.lock"):
+            if found := self.find(id):
+                return found
+            self.sweep_up(id)
+            tensors, facts = make(checkpoint)
+            meta = {"recipe": spec, "versions": provenance(), **facts}
+            save_folder(self.root / id, tensors, meta, weights="weights.safetensors", sheet="meta.json")
+            checkpoint.unlink(missing_ok=True)
+        return self.find(id)
+
+    def sweep_up(self, id: str) -> None:
+        """Remove what a killed process left behind; called under the lock, so nobody is writing there."""
+        for pattern in (f".{id}.*.tmp", f".{id}.*.old"):
+            for path in self.root.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)

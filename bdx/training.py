@@ -1,0 +1,131 @@
+"""The loops over data: Recipe (how a net is trained), make_trainer (Lightning, kept thin), predict."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from bdx.errors import UserError
+from bdx.split import pixels
+from bdx.surgery import mode
+
+logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its adverts and hardware lines at every fit
+warnings.filterwarnings("ignore", module="pytorch_lightning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """conf/train: everything that shapes the victim's weights but the data and the net.
+
+    optimizer(params) and schedule(optimizer[, total_steps]) are partials; `every` is what the schedule counts.
+    """
+
+    epochs: int
+    batch: int
+    drop_last: bool
+    augment: dict
+    label_smoothing: float
+    optimizer: Callable
+    schedule: Callable | None
+    every: str
+    precision: str
+    compile: bool
+
+
+def optimizers(params, optimizer: Callable, schedule: Callable | None, every: str = "epoch", total_steps: int = 0):
+    """What configure_optimizers returns. every="epoch": stepped per epoch; "step": per step, and told the total."""
+    opt = optimizer(params)
+    if schedule is None:
+        return opt
+    if every not in ("epoch", "step"):
+        raise UserError(f"every={every}: a schedule is stepped every epoch or every step")
+    plan = schedule(opt, total_steps=total_steps) if every == "step" else schedule(opt)
+    return {"optimizer": opt, "lr_scheduler": {"scheduler": plan, "interval": every}}
+
+
+class Watch(pl.Callback):
+    """Around the epochs of one stage: seeds them, means the losses, stops on NaN, reports, keeps a checkpoint.
+
+    Random numbers of epoch e depend on (seed, stage, e) alone: a cache hit or a resumed training changes nothing.
+    The losses are collected as tensors and read once per epoch.
+    """
+
+    def __init__(self, stage: str, *, seed: int, report: Callable, checkpoint: Path | None):
+        self.stage, self.seed, self.report, self.checkpoint = stage, seed, report, checkpoint
+        self.sums: dict[str, Tensor] = {}
+        self.saved = time.monotonic()
+
+    def on_train_epoch_start(self, trainer, module):
+        torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch + 1)
+        trainer.train_dataloader.epoch = trainer.current_epoch
+        self.sums, self.steps, self.began = {}, 0, time.monotonic()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        for name, value in outputs.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.steps += 1
+
+    def on_train_epoch_end(self, trainer, module):
+        means = {k: float(v) / self.steps for k, v in self.sums.items()}
+        epoch = trainer.current_epoch
+        if not torch.isfinite(torch.tensor(list(means.values()))).all():
+            raise UserError(
+                f"{self.stage}: the loss is not finite in epoch {epoch + 1} of {trainer.max_epochs}; "
+                "try a smaller learning rate, or train.precision=32-true"
+            )
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        seconds = time.monotonic() - self.began
+        self.report(self.stage, epoch + 1, trainer.max_epochs, means | {"lr": lr}, seconds)
+        if self.checkpoint and epoch + 1 < trainer.max_epochs and time.monotonic() - self.saved > 20:
+            self.keep(trainer)
+
+    def keep(self, trainer):
+        tmp = self.checkpoint.with_suffix(f".{os.getpid()}.tmp")
+        trainer.save_checkpoint(tmp)
+        os.replace(tmp, self.checkpoint)
+        self.saved = time.monotonic()
+
+
+def accelerate(accelerator: str) -> tuple[torch.device, str]:
+    """conf/trainer's accelerator (auto, cpu or gpu) -> the device and Lightning's name for it."""
+    gpu = torch.cuda.is_available()
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise UserError(f"trainer.accelerator={accelerator}: expected auto, cpu or gpu")
+    if accelerator == "gpu" and not gpu:
+        raise UserError("trainer=gpu, but torch sees no GPU here; take trainer=cpu, or check the driver with nvidia-smi")
+    if accelerator == "auto" and not gpu and shutil.which("nvidia-smi"):
+        print("bdx: nvidia-smi is here, but torch sees no GPU (is the driver older than this torch?): using the CPU")
+    if gpu and accelerator != "cpu":
+        return torch.device("cuda", torch.cuda.current_device()), "gpu"
+    return torch.device("cpu"), "cpu"
+
+
+def make_trainer(
+    stage: str, epochs: int, *, accelerator: str, precision: str, seed: int, report: Callable, checkpoint=None
+) -> pl.Trainer:
+    """A Trainer for one stage; `report(stage, epoch, epochs, means, seconds)` hears of every epoch."""
+    if epochs < 1:
+        raise UserError(f"{stage}: epochs={epochs}: expected at least 1")
+    return pl.Trainer(
+        max_epochs=epochs, accelerator=accelerator, devices=1, precision=precision,
+        callbacks=[Watch(stage, seed=seed, report=report, checkpoint=checkpoint)],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        inference_mode=False, num_sanity_val_steps=0, gradient_clip_val=None,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def predict(net: nn.Module, x: Tensor, size: int = 1000) -> Tensor:
+    """Class predictions (N,) of the net in eval mode for x (N,C,H,W) uint8, on x's device, in full precision."""
+    with mode(net, False):
+        return torch.cat([net(pixels(part)).argmax(1) for part in x.split(size)])
