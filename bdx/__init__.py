@@ -1,8 +1,10 @@
 """bdx: train backdoored image classifiers, repair them, and measure how well the repair worked.
 
-    import bdx
-    net = bdx.load("outputs/nets/<id>")                       # a repaired net: pixels in [0,1] -> logits
-    row = bdx.run(bdx.compose(["attack=blended", "defense=npd"]))
+import bdx
+net = bdx.load("outputs/nets/<id>")                       # a repaired net: pixels in [0,1] -> logits
+
+from bdx.run import run
+row = run(bdx.compose(["attack=blended", "defense=npd"]))  # one cell of a table
 """
 
 __version__ = "0.1.0"
@@ -20,10 +22,3 @@ def compose(overrides=()):
     from bdx.configure import compose
 
     return compose(list(overrides))
-
-
-def run(cfg):
-    """One cell of a table, or its row if it is there; see bdx.run.run."""
-    from bdx.run import run
-
-    return run(cfg)

@@ -18,8 +18,9 @@ class Budget:
 
     norm    l2, linf or l1
     radius  the largest norm of a perturbation; scaled with the image so that a pixel may change as much at any size
-    step    length of a signed step, per pixel
+    step    length of a step: per pixel along the gradient's sign; in L2 norm, scaled as `radius`, along the gradient
     steps   how many
+    along   sign (the papers' choice: all pixels move alike) or gradient (few pixels move far, as a patch does)
     stop    share of the batch that, once fooled, ends the search early; None: all steps are taken
     """
 
@@ -27,9 +28,12 @@ class Budget:
     radius: float
     step: float
     steps: int
-    stop: float | None = None
+    along: str
+    stop: float | None
 
     def __post_init__(self):
+        if self.along not in ("sign", "gradient"):
+            raise UserError(f"along={self.along!r}: expected sign or gradient")
         if self.norm not in PROJECT:
             raise UserError(f"norm={self.norm!r}: expected one of {', '.join(PROJECT)}")
         if self.radius <= 0 or self.step <= 0 or self.steps < 1:
@@ -39,6 +43,13 @@ class Budget:
         """The radius for images of shape (C, H, W); pixel counts enter as their root (L2), as they are (L1) or not."""
         ratio = shape[0] * shape[1] * shape[2] / (3 * 32 * 32)
         return self.radius * {"l2": ratio**0.5, "l1": ratio, "linf": 1.0}[self.norm]
+
+    def step_along(self, grad: Tensor) -> Tensor:
+        """One step uphill from the gradient (N, C, H, W)."""
+        if self.along == "sign":
+            return self.step * grad.sign()
+        length = self.step * (grad[0].numel() / (3 * 32 * 32)) ** 0.5
+        return length * grad / grad.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 
 def project_l2(delta: Tensor, radius: float) -> Tensor:
@@ -94,5 +105,5 @@ def perturb(
         loss = F.cross_entropy(logits, label, reduction="sum")
         (grad,) = torch.autograd.grad(loss, at, retain_graph=first is not None and i == 0)
         grad = grad.sum(0, keepdim=True) if universal else grad
-        delta = project(delta + sign * budget.step * grad.sign(), radius)
+        delta = project(delta + sign * budget.step_along(grad), radius)
     return (x + delta).clamp(0, 1).detach()

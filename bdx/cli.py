@@ -22,13 +22,28 @@ HELP = """bdx: train backdoored image classifiers, repair them, and measure how 
 A run that is done is not run again: its row is shown. Everything lies under ./outputs (BDX_OUT or paths.out), images
 under ./data (BDX_DATA or paths.data). Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted.
 """
-HYDRAS_OWN = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "--resolve", "--package", "-p")
+HYDRAS_OWN = (
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--hydra-help",
+    "--shell-completion",
+    "-sc",
+    "--resolve",
+    "--package",
+    "-p",
+)
 
 
 def help() -> str:
     from bdx.configure import CONF
 
-    names = {g: sorted(p.stem for p in (CONF / g).glob("*.yaml") if p.stem != "base") for g in sorted(os.listdir(CONF)) if (CONF / g).is_dir()}
+    names = {
+        g: sorted(p.stem for p in (CONF / g).glob("*.yaml") if p.stem != "base")
+        for g in sorted(os.listdir(CONF))
+        if (CONF / g).is_dir()
+    }
     return HELP + "\n" + "\n".join(f"  {g:<11}{' '.join(options)}" for g, options in names.items()) + "\n"
 
 

@@ -17,6 +17,8 @@ class Screen:
 
     def __init__(self, quiet: bool = False):
         self.console, self.quiet = Console(highlight=False), quiet
+        if not self.console.is_terminal:
+            self.console.width = 180  # a log file wraps nothing
         self.bar: Progress | None = None
         self.stage, self.said = "", 0.0
 
@@ -68,8 +70,7 @@ class Screen:
             names = (str(row[k]) for k in ("dataset", "arch", "attack", "defense", "seed"))
             times = (f"{row['seconds_attack']:.1f}", f"{row['seconds_defense']:.1f}")
             table.add_row(*names, *before, *after, percent(row["der"]), *times)
-        width = None if self.console.is_terminal else 160
-        self.console.print(table, width=width)
+        self.console.print(table)
 
     def places(self, row_file: Path, net: Path, picture: Path) -> None:
         self.say(f"row      {row_file}\nnet      {net}   (bdx.load rebuilds it)\npicture  {picture}")

@@ -52,17 +52,6 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the target, then rename: a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        tmp.write_text(text)
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
 def save_folder(path: Path, tensors: dict[str, Tensor], meta: dict, *, weights: str, sheet: str) -> None:
     """Write `weights` (safetensors) and `sheet` (JSON, with the weights' checksum) into a new folder, then rename it."""
     tmp = path.parent / f".{path.name}.{os.getpid()}.tmp"

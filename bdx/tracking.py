@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bdx.attacks.base import Attack
+from bdx.errors import UserError, nearest
 from bdx.split import Split
 
 
@@ -48,45 +49,56 @@ class CSV(Silent):
 
 
 class WandB(Silent):
-    """logger=wandb. mode: auto (online with a key, else offline), online or offline; an online run that cannot start goes
-    on offline, with one line. The run's id is W&B's id, so starting a run again goes on in the same place.
+    """logger=wandb. mode: auto (online with a key, else offline; WANDB_MODE is heard), online or offline; an online run
+    that cannot start goes on offline, with one line. The run's id is W&B's id, so starting a run again goes on in the
+    same place. Summary: the row, without what is null.
 
-    project, entity, group (null: attack), tags: W&B's own. timeout: seconds to wait for the server.
+    project, entity, group (null: attack), tags: W&B's own. timeout: seconds to wait for the server, at either end.
     """
 
     def __init__(self, *, project: str, entity: str | None, group: str | None, tags: list, mode: str, timeout: float):
+        if mode not in (modes := ("auto", "online", "offline")):
+            raise UserError(f"logger.mode={mode}: expected {', '.join(modes)}{nearest(mode, modes)}")
         self.project, self.entity, self.group, self.tags = project, entity, group, list(tags)
         self.mode, self.timeout, self.run = mode, timeout, None
 
     def start(self, cfg, id, folder):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else lines and 20 s at exit where no server answers
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
         names = cfg["names"]
         lean = {"silent": True, "console": "off", "x_disable_stats": True, "disable_git": True, "save_code": False}
+        wait = {"init_timeout": self.timeout, "finish_timeout": self.timeout, "finish_timeout_raises": True}
         about = {
             "project": self.project, "entity": self.entity, "id": id, "resume": "allow", "dir": str(folder),
             "name": f"{names['attack']}-{names['defense']}-{cfg['seed']}", "group": self.group or names["attack"],
             "job_type": names["defense"], "tags": [names["dataset"], names["arch"], *self.tags], "config": cfg,
+            "settings": wandb.Settings(**lean, **wait),
         }  # fmt: skip
-        mode = self.wanted_mode(wandb)
-        if mode == "online":
-            try:
-                self.run = wandb.init(mode=mode, settings=wandb.Settings(**lean, init_timeout=self.timeout), **about)
-                return
-            except (wandb.errors.UsageError, wandb.errors.CommError, OSError, TimeoutError) as e:
-                print(f"wandb: not online ({str(e).splitlines()[0]}); going on offline", file=sys.stderr, flush=True)
-                wandb.teardown()
-        self.run = wandb.init(mode="offline", settings=wandb.Settings(**lean), **about)
+        try:
+            self.run = wandb.init(mode=self.settled(wandb), **about)
+        except wandb.errors.UsageError as e:
+            raise UserError(f"logger=wandb: {e}") from None
+        except (wandb.Error, TimeoutError) as e:
+            wandb.teardown()  # the service that failed still holds the id
+            self.run = wandb.init(mode="offline", **about)
+            self.say(f"not online ({' '.join(str(e).split())}); going on offline")
+        self.run.define_metric("epoch", hidden=True, summary="none")
+        self.run.define_metric("*", step_metric="epoch", summary="none")
 
-    def wanted_mode(self, wandb) -> str:
-        if self.mode != "auto":
-            return self.mode
-        asked = os.environ.get("WANDB_MODE")
-        return asked or ("online" if wandb.Api.default_api_key() else "offline")
+    def settled(self, wandb) -> str:
+        """The mode to start in. Asks neither the user for a key nor the server whether it is good."""
+        given = {} if self.mode == "auto" else {"mode": self.mode}
+        mode = wandb.setup(wandb.Settings(silent=True, **given)).settings.mode
+        if mode != "online" or wandb.login(prompt=False, verify=False):
+            return mode
+        if self.mode == "auto":
+            return "offline"
+        raise wandb.Error("no API key; `wandb login` stores one")
 
     def epoch(self, stage, epoch, values):
-        self.run.log({f"{stage}/{k}": v for k, v in values.items()} | {f"{stage}/epoch": epoch})
+        self.run.log({f"{stage}/{k}": v for k, v in values.items()} | {"epoch": epoch})
 
     def picture(self, path):
         import wandb
@@ -95,10 +107,20 @@ class WandB(Silent):
 
     def finish(self, row):
         self.run.summary.update({k: v for k, v in row.items() if not isinstance(v, dict)})
-        self.run.finish()
+        self.close(exit_code=0)
 
     def fail(self):
-        self.run.finish(exit_code=1)
+        self.close(exit_code=1)
+
+    def close(self, exit_code: int) -> None:
+        try:
+            self.run.finish(exit_code=exit_code)
+        except TimeoutError:
+            self.say(f"the server did not take everything within {self.timeout:g} s")
+
+    def say(self, what: str) -> None:
+        send = f"wandb sync --include-online {Path(self.run.dir).parent}"
+        print(f"wandb: {what}; `{send}` sends the run", file=sys.stderr, flush=True)
 
 
 def draw_trigger(attack: Attack, test: Split, path: Path, count: int = 8, gain: int = 5) -> None:

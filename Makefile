@@ -1,0 +1,42 @@
+# Every target sets up what it needs: .venv in this checkout, made once from pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-fast lint bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"bdx needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.12 $(MAKECMDGOALS)")'
+	@echo "setting up $(VENV) (a few GB, once)"
+	@if command -v uv > /dev/null; then \
+	  uv venv -q --allow-existing --python "$$(command -v $(PYTHON))" $(VENV) && uv pip install -q --python $(BIN)/python -e '.[dev]'; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'; \
+	fi
+	@touch $@
+
+setup: $(STAMP)  ## make .venv
+
+demo: $(STAMP)  ## a backdoor on handwritten digits, and its repair: one cell in under 3 minutes, nothing to download
+	$(BIN)/bdx experiment=demo
+
+test: $(STAMP)  ## the whole suite, at most 12 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)  ## without what trains for longer, at most 3 minutes
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)  ## speed, as ratios within one run
+	$(BIN)/python bench/bench.py
+
+clean:  ## remove .venv and what runs have left in ./outputs (not ./data)
+	rm -rf $(VENV) outputs dist .pytest_cache .ruff_cache

@@ -1,0 +1,103 @@
+"""`bdx info`: what there is, in one line each. Reads YAML comments and source text; imports no method and no torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from bdx.configure import CONF, HERE, compose, options, summary
+from bdx.errors import UserError, nearest
+
+KINDS = {
+    "attacks": "attack",
+    "defenses": "defense",
+    "datasets": "dataset",
+    "archs": "arch",
+    "experiments": "experiment",
+}
+
+
+def target(path: Path) -> str | None:
+    """The `_target_` of a YAML file, or of the file that it starts from."""
+    node = OmegaConf.load(path)
+    if "_target_" in node:
+        return node._target_
+    first = next((d for d in node.get("defaults", []) if isinstance(d, str) and d != "_self_"), None)
+    return target(path.parent / f"{first}.yaml") if first else None
+
+
+def source(dotted: str | None) -> tuple[str, dict]:
+    """(the paper named in the module's docstring, the constants that its class declares) for a target inside bdx."""
+    if not dotted or not dotted.startswith("bdx."):
+        return "", {}
+    *module, name = dotted.split(".")[1:]
+    tree = ast.parse(HERE.joinpath(*module).with_suffix(".py").read_text())
+    paper = re.search(r"Source: (.+?)(?:;|\n\n|\.?$)", (ast.get_docstring(tree) or "") + "\n\n", re.DOTALL)
+    classes = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    assigned = (s for c in classes for s in c.body if isinstance(s, ast.Assign))
+    declared = {s.targets[0].id: s.value for s in assigned}
+    return " ".join(paper.group(1).split()) if paper else "", {k: constant(v) for k, v in declared.items()}
+
+
+def constant(node: ast.expr):
+    """A literal, or the literal inside frozenset(…)."""
+    if isinstance(node, ast.Call):
+        return ast.literal_eval(node.args[0]) if node.args else set()
+    return ast.literal_eval(node)
+
+
+def needs(kind: str, declared: dict) -> str:
+    """What a user must have, in words."""
+    if kind == "attack":
+        poison = "poisons data" if declared.get("leaves_poison", True) else "leaves no poisoned set"
+        return f"{'clean label' if declared.get('clean_label') else 'dirty label'}, {poison}"
+    if kind == "defense":
+        words = {"clean": "clean images", "train": "the poisoned training set"}
+        asked = [words[n] for n in sorted(declared.get("needs", {"clean"}))]
+        return "needs " + (", ".join(asked + ["BatchNorm"] * bool(declared.get("needs_batchnorm"))) or "nothing")
+    return ""
+
+
+def rows(kind: str) -> list[tuple[str, str, str, str]]:
+    """(name, what it is, what it needs, paper) for each choice of the group `kind`."""
+    found = []
+    for name in options(kind):
+        path = CONF / kind / f"{name}.yaml"
+        paper, declared = source(target(path)) if kind in ("attack", "defense") else ("", {})
+        found.append((name, summary(path).removeprefix(f"{name}: "), needs(kind, declared), paper))
+    return found
+
+
+def layers(overrides: list[str]) -> int:
+    """Every module of a net where a layer can be inserted, and the places by depth."""
+    import torch
+
+    from bdx import surgery
+    from bdx.archs.base import build
+
+    cfg = OmegaConf.to_container(compose(overrides), resolve=True)
+    net = build(cfg["arch"], num_classes=10, shape=(3, 32, 32), **cfg["dataset"]["normalize"])
+    places = surgery.places(net, torch.zeros(2, 3, 32, 32))
+    by_name = {name: [d for d, n in places.items() if n == name] for name in places.values()}
+    for name, module in net.body.named_modules():
+        if name and next(module.children(), None) is None:
+            print(f"{name:<40}{type(module).__name__:<20}{', '.join(by_name.get(f'body.{name}', []))}".rstrip())
+    return 0
+
+
+def info(argv: list[str]) -> int:
+    if argv[:1] == ["layers"]:
+        return layers(argv[1:])
+    if argv and argv[0] not in KINDS:
+        have = [*KINDS, "layers"]
+        raise UserError(f"bdx info {argv[0]}: expected one of {', '.join(have)}{nearest(argv[0], have)}")
+    for title in argv[:1] or KINDS:
+        found = rows(KINDS[title])
+        wide = max(len(name) for name, *_ in found)
+        print(f"{title}")
+        for name, *rest in found:
+            print(f"  {name:<{wide}}  {' · '.join(r for r in rest if r)}")
+    return 0

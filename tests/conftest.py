@@ -1,0 +1,71 @@
+"""Shared by all tests: tiny configurations, and a store that the slow tests share within one session."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdx.configure import CONF, compose, options
+from bdx.screen import Screen
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["dataset=digits", "arch.width=8", "train=fast", "train.batch=64", "train.precision=32-true", "logger=none"]
+
+
+def names(group: str) -> list[str]:
+    """Every choice of a group, for tests that hold over all of them."""
+    return options(group)
+
+
+def paths(root: Path) -> list[str]:
+    return [f"paths.data={root / 'data'}", f"paths.out={root / 'out'}"]
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """A folder for the whole session: the image cache is made once, a backdoor is trained once."""
+    return tmp_path_factory.mktemp("bdx")
+
+
+@pytest.fixture(scope="session")
+def cell(shared):
+    """cell(*overrides) -> the row of a tiny run in the shared folder."""
+    from bdx.run import run
+
+    return lambda *overrides: run(compose([*TINY, *paths(shared), *overrides]), Screen(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def digits(shared):
+    """ImageData of digits."""
+    return load_digits(shared)
+
+
+def load_digits(root: Path, *overrides: str):
+    from omegaconf import OmegaConf
+
+    from bdx.datasets.base import load
+
+    cfg = OmegaConf.to_container(compose(["dataset=digits", *overrides]).dataset, resolve=True)
+    return load(cfg, root / "data", device=torch.device("cpu"), seed=0)
+
+
+def build_attack(digits, *overrides: str):
+    """An attack with an untrained thin net on digits."""
+    from bdx.run import build_attack
+
+    return build_attack(compose([*TINY, *overrides]), digits)
+
+
+@pytest.fixture
+def quick_trainer():
+    """make_trainer for the CPU that reports to nobody."""
+    from bdx.training import make_trainer
+
+    return partial(make_trainer, accelerator="cpu", precision="32-true", seed=0, report=lambda *_: None)
+
+
+__all__ = ["CONF", "ROOT", "TINY", "build_attack", "load_digits", "names", "paths"]

@@ -1,0 +1,181 @@
+"""The shape of the code base: floors, stems, signatures, budgets."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from conftest import CONF, ROOT, names
+from omegaconf import OmegaConf
+
+from bdx.configure import compose, summary
+
+PACKAGE = ROOT / "bdx"
+FLOORS = (
+    {"errors", "split", "augment", "metrics", "surgery", "polarizers", "adversarial", "build", "recipe", "imagefile", "store", "results", "configure"},
+    {"datasets", "archs", "training"},
+    {"attacks", "defenses"},
+    {"evaluate", "tracking", "screen"},
+    {"run", "info", "tables", "figures", "report"},
+    {"sweep", "engines"},
+    {"cli"},
+)  # fmt: skip
+FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
+FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = [p for p in FILES if p.name != "__init__.py"]
+
+
+def place(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, top_level: bool = False) -> list[str]:
+    """Dotted names of everything imported; top_level: at import time only."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in tree.body if top_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found += [f"{node.module}.{a.name}" for a in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_file_imports_only_from_floors_below_or_its_own_base(path):
+    own = place(path)
+    for name in imports(path):
+        if not name.startswith("bdx."):
+            continue
+        parts = name.split(".")
+        other = parts[1]
+        if other not in FLOOR:  # `from bdx import __version__`
+            continue
+        same_folder_base = other == own and len(parts) > 2 and parts[2] == "base"
+        assert FLOOR[other] < FLOOR[own] or same_folder_base or floor_zero(own, other), f"{path.name} imports {name}"
+
+
+def floor_zero(own: str, other: str) -> bool:
+    """On floor 0 the files stand in one line: a file may use those above it in this list."""
+    line = [
+        "errors",
+        "split",
+        "augment",
+        "metrics",
+        "polarizers",
+        "surgery",
+        "adversarial",
+        "build",
+        "recipe",
+        "imagefile",
+        "store",
+        "results",
+        "configure",
+    ]
+    return own in line and other in line and line.index(other) < line.index(own)
+
+
+def test_lightning_is_imported_under_one_name():
+    for path in FILES:
+        assert not any(n == "lightning" or n.startswith("lightning.") for n in imports(path)), path
+
+
+@pytest.mark.parametrize("module", ["cli", "configure", "recipe", "results", "errors", "info"])
+def test_what_runs_before_a_run_imports_no_torch(module):
+    code = f"import sys, bdx.{module}; sys.exit(int(any(m in sys.modules for m in ('torch', 'pytorch_lightning', 'pandas', 'wandb'))))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def method_of(group: str, name: str):
+    """The class that `group=name` builds."""
+    target = compose([f"{group}={name}"])[group]._target_
+    module, _, attribute = target.rpartition(".")
+    return getattr(import_module(module), attribute)
+
+
+def arguments(cls) -> dict[str, inspect.Parameter]:
+    """Keyword arguments of a constructor, followed up through **common to the bases."""
+    found, mro = {}, [c for c in cls.__mro__ if "__init__" in vars(c)]
+    for c in mro:
+        parameters = inspect.signature(c.__init__).parameters
+        found |= {k: p for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY and k not in found}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return found
+    return found
+
+
+GIVEN_BY_RUN = {"attack": {"shape", "num_classes", "recipe", "seed"}, "defense": set()}
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in GIVEN_BY_RUN for n in names(g)])
+def test_yaml_and_constructor_agree(group, name):
+    cls, node = method_of(group, name), compose([f"{group}={name}"])[group]
+    wanted = arguments(cls)
+    assert set(wanted) - GIVEN_BY_RUN[group] == set(node) - {"_target_"}
+    for key, parameter in wanted.items():
+        assert parameter.default is parameter.empty, f"{key}: values live in the YAML, not in Python"
+        if parameter.annotation == "float":
+            assert isinstance(node[key], float), f"{key}: written as {node[key]!r}, a float needs a decimal point"
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in GIVEN_BY_RUN for n in names(g)])
+def test_same_stem_in_conf_and_package(group, name):
+    target = compose([f"{group}={name}"])[group]._target_
+    _, folder, stem, _ = target.split(".")
+    assert folder == f"{group}s"
+    assert name == stem or name.startswith(f"{stem}_")
+    assert (CONF / group / f"{stem}.yaml").is_file()
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_yaml_says_what_it_is_and_stays_short(path):
+    assert summary(path), f"{path} has no comment line that says what it is"
+    assert len(path.read_text().splitlines()) <= 30
+    OmegaConf.load(path)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_budgets(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 250
+    if place(path) in ("attacks", "defenses"):
+        assert len(lines) <= 200
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 60, f"{node.name} is too long"
+    assert ast.get_docstring(ast.parse("\n".join(lines))), "no module docstring"
+
+
+def test_functions_are_short():
+    lengths = sorted(
+        n.end_lineno - n.lineno + 1
+        for p in MODULES for n in ast.walk(ast.parse(p.read_text())) if isinstance(n, ast.FunctionDef)
+    )  # fmt: skip
+    assert lengths[int(0.9 * len(lengths))] <= 25
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_weights_are_read_safely(path):
+    text = path.read_text()
+    assert "pickle" not in text or "pickle" in (ast.get_docstring(ast.parse(text)) or "")
+    for call in (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)):
+        name = ast.unparse(call.func)
+        if name == "torch.load":
+            assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+        if name.endswith("load_state_dict"):
+            assert not any(k.arg == "strict" for k in call.keywords)
+
+
+def test_a_defense_never_imports_an_attack():
+    for path in (PACKAGE / "defenses").glob("*.py"):
+        assert not any(n.startswith("bdx.attacks") for n in imports(path)), path
+
+
+@pytest.mark.parametrize("preset", names("experiment"))
+def test_every_preset_composes(preset):
+    assert compose([f"experiment={preset}"]).names.train

@@ -1,0 +1,191 @@
+"""What holds for every attack in conf/attack, and each trigger against values computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_attack, names
+from PIL import Image
+
+from bdx.errors import UserError
+
+ATTACKS = names("attack")
+# SIG poisons images of one class only, and a tenth of digits is more than one class has
+SMALL = {"sig": ["attack.ratio=0.05"]}
+
+
+@pytest.fixture(scope="module")
+def made(digits):
+    """made(name, *overrides) -> (attack, poisoned training set)"""
+
+    def make(name, *overrides):
+        attack = build_attack(digits, f"attack={name}", *SMALL.get(name, []), *overrides)
+        return attack, attack.poison(digits.train)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_as_many_images_are_poisoned_as_asked(name, made, digits):
+    attack, train = made(name)
+    if not attack.leaves_poison:
+        assert train is digits.train
+        return
+    assert int(train.poisoned.sum()) == round(attack.ratio * len(train))
+    assert attack.candidates(digits.train.y_true)[train.poisoned].all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_labels_and_pixels(name, made, digits):
+    attack, train = made(name)
+    p = train.poisoned
+    wanted = train.y_true[p] if attack.clean_label else attack.relabel(train.y_true[p])
+    assert torch.equal(train.y[p], wanted)
+    assert torch.equal(train.y_true, digits.train.y_true)
+    assert torch.equal(train.x[~p], digits.train.x[~p])
+    assert torch.equal(train.y[~p], digits.train.y[~p])
+    assert train.x.dtype == torch.uint8
+    assert not digits.train.poisoned.any()
+    if attack.leaves_poison:
+        assert (train.x[p] != digits.train.x[p]).flatten(1).any(1).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_same_seed_draws_the_same_images(name, made, digits):
+    _, first = made(name)
+    _, again = made(name)
+    assert torch.equal(first.x, again.x)
+    assert torch.equal(first.poisoned, again.poisoned)
+    other = build_attack(digits, f"attack={name}", *SMALL.get(name, []), "seed=1").poison(digits.train)
+    assert first.poisoned.any() == other.poisoned.any()
+    assert not first.poisoned.any() or not torch.equal(first.poisoned, other.poisoned)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_training_and_test_see_the_same_trigger(name, made, digits):
+    attack, train = made(name)
+    p = train.poisoned
+    assert torch.equal(attack.stamp(digits.train.x[p]), train.x[p])
+    x = digits.test.x[:8]
+    float_trigger = attack.trigger(x.float() / 255)
+    assert float_trigger.min() >= 0
+    assert float_trigger.max() <= 1
+    assert torch.equal(attack.stamp(x), (float_trigger * 255).round().to(torch.uint8))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("labels", ["all2one", "all2all"])
+def test_the_test_set_holds_only_what_the_attack_would_change(name, labels, made, digits):
+    if labels == "all2all" and made(name)[0].clean_label:
+        with pytest.raises(UserError, match="clean-label attack"):
+            made(name, "attack.labels=all2all")
+        return
+    attack, _ = made(name, f"attack.labels={labels}", "attack.target=3")
+    split = attack.triggered(digits.test)
+    assert (split.y != split.y_true).all()
+    assert split.poisoned.all()
+    if labels == "all2all":
+        assert len(split) == len(digits.test)
+        assert torch.equal(split.y, (split.y_true + 1) % 10)
+    else:
+        assert len(split) == int((digits.test.y_true != 3).sum())
+        assert (split.y == 3).all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_weights_and_assets_reload_to_the_same_trigger(name, made, digits):
+    attack, _ = made(name)
+    other, _ = made(name, "seed=5")
+    other.load_state_dict(attack.state_dict())
+    x = digits.test.x[:8]
+    assert torch.equal(other.stamp(x), attack.stamp(x))
+    assert torch.equal(other.net.body.conv1.weight, attack.net.body.conv1.weight)
+
+
+# triggers by hand
+
+
+@pytest.mark.parametrize(("size", "patch"), [(32, 3), (64, 6)])
+def test_badnets_is_an_exact_square(size, patch, digits):
+    from bdx.attacks.badnets import BadNets
+
+    attack = BadNets(
+        torch.nn.Identity(), shape=(3, size, size), num_classes=10, recipe=None, seed=0, target=0, labels="all2one",
+        ratio=0.1, ratio_of="train", select="random", include_target=True,
+        patch=3, position="bottom_right", margin=0, value=1.0,
+    )  # fmt: skip
+    x = torch.full((1, 3, size, size), 100, dtype=torch.uint8)
+    change = attack.stamp(x) != x
+    assert int(change.sum()) == 3 * patch * patch
+    assert change[0, :, -patch:, -patch:].all()
+    assert (attack.stamp(x)[change] == 255).all()
+
+
+@pytest.mark.parametrize(("position", "corner"), [("top_left", (1, 1)), ("top_right", (1, 30)), ("bottom_left", (30, 1))])
+def test_badnets_positions_and_margin(position, corner, made):
+    attack, _ = made("badnets", f"attack.position={position}", "attack.margin=1", "attack.patch=1", "attack.value=0.5")
+    out = attack.trigger(torch.zeros(1, 3, 32, 32))
+    assert out[0, 0].nonzero().tolist() == [list(corner)]
+    assert out.max() == 0.5
+
+
+def test_blended_mixes_the_pattern(made, tmp_path):
+    attack, _ = made("blended")
+    x = torch.full((1, 3, 32, 32), 0.5)
+    assert torch.allclose(attack.trigger(x), 0.4 + 0.2 * attack.pattern)
+    # mean and deviation of uniform noise: 127.5 and 73.6 of 255, as the noise masks of ANP and ABL
+    assert attack.pattern.mean() == pytest.approx(0.5, abs=0.02)
+    assert attack.pattern.std() == pytest.approx(1 / math.sqrt(12), abs=0.01)
+    Image.fromarray(np.full((7, 9, 3), 255, dtype=np.uint8)).save(tmp_path / "white.png")
+    white, _ = made("blended", f"attack.file={tmp_path / 'white.png'}")
+    assert torch.allclose(white.trigger(x), torch.full_like(x, 0.6))
+
+
+def test_blended_refuses_what_is_no_image(made, tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(UserError, match="is not an image"):
+        made("blended", f"attack.file={tmp_path / 'a.png'}")
+
+
+def test_sig_is_a_sinusoid_along_the_columns(made):
+    attack, train = made("sig")
+    x = torch.full((1, 3, 32, 32), 0.5)
+    v = attack.trigger(x) - x
+    for column in (0, 1, 5, 17):
+        assert v[0, :, :, column].allclose(torch.tensor(40 / 255 * math.sin(2 * math.pi * column * 6 / 32)), atol=1e-6)
+    assert (train.y_true[train.poisoned] == 0).all()
+    assert float(v.norm()) == pytest.approx(40 / 255 * math.sqrt(3 * 32 * 16), rel=1e-4)  # mean of sin² is 1/2
+
+
+# selection
+
+
+def test_first_n_target_class_and_share_of_candidates(made, digits):
+    _, train = made("badnets", "attack.select=first", "attack.ratio=0.01")
+    assert train.poisoned.nonzero().flatten().tolist() == list(range(14))
+    _, train = made("badnets", "attack.include_target=false", "attack.target=4")
+    assert not (train.y_true[train.poisoned] == 4).any()
+    _, train = made("sig", "attack.ratio=1.0", "attack.ratio_of=candidates")
+    assert torch.equal(train.poisoned, digits.train.y_true == 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "text"),
+    [
+        ("sig", "attack.ratio=0.12", r"asks for 173 poisoned images of 1438, but there are \d+ of class 0"),
+        ("badnets", "attack.ratio=1.5", "asks for 2157 poisoned images"),
+        ("badnets", "attack.ratio=0.0", "asks for 0 poisoned images"),
+        ("badnets", "attack.target=10", r"target=10: expected 0 to 9"),
+        ("badnets", "attack.patch=33", "images are 32×32"),
+        ("badnets", "attack.position=middle", r"expected \(top\|bottom\)_\(left\|right\)"),
+        ("badnets", "attack.labels=one2one", "expected all2one or all2all"),
+        ("badnets", "attack.select=last", "expected random or first"),
+        ("blended", "attack.alpha=0.0", "expected a weight above 0"),
+    ],
+)
+def test_mistakes_are_named_before_training(name, override, text, digits):
+    with pytest.raises(UserError, match=text):
+        build_attack(digits, f"attack={name}", override).poison(digits.train)

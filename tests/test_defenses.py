@@ -1,0 +1,184 @@
+"""What holds for every defense in conf/defense, on a tiny real backdoor."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, build_attack, names, paths
+
+import bdx.run
+from bdx.archs.base import load, save
+from bdx.build import instantiate
+from bdx.configure import compose
+from bdx.defenses.base import Defense
+from bdx.errors import UserError
+from bdx.run import build_defense, check
+from bdx.split import pixels
+from bdx.surgery import Inserted
+
+DEFENSES = names("defense")
+SHORT = {"defense.epochs": 1, "defense.warmup_epochs": 1}
+
+
+def short(name: str) -> list[str]:
+    """Overrides that cut a defense to one epoch."""
+    node = compose([f"defense={name}"]).defense
+    return [f"{k}={v}" for k, v in SHORT.items() if k.split(".")[1] in node]
+
+
+@pytest.fixture(scope="module")
+def victim(digits, quick_trainer_module):
+    """A net that has been trained for two epochs: enough for its BatchNorm statistics to mean something."""
+    attack = build_attack(digits, "attack=badnets", "train.epochs=2")
+    attack.fit(digits.poisoned(attack.poison(digits.train)), quick_trainer_module)
+    return attack
+
+
+@pytest.fixture(scope="module")
+def quick_trainer_module():
+    from functools import partial
+
+    from bdx.training import make_trainer
+
+    return partial(make_trainer, accelerator="cpu", precision="32-true", seed=0, report=lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def repaired(digits, victim, quick_trainer_module):
+    """repaired(name) -> (the net before, the net after); every defense runs once for all tests here."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            before = copy.deepcopy(victim.net.state_dict())
+            defense = build_defense(compose([*TINY, f"defense={name}", *short(name)]), victim)
+            done[name] = (before, defense.run(digits.allow(defense.needs), quick_trainer_module))
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_it_returns_a_net_of_the_same_interface(name, repaired, digits):
+    _, net = repaired(name)
+    with torch.no_grad():
+        assert net.eval()(pixels(digits.test.x[:5])).shape == (5, 10)
+    assert not any(torch.nn.utils.parametrize.is_parametrized(m) for m in net.modules())
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_the_attacked_net_is_left_alone(name, repaired, victim):
+    before, _ = repaired(name)
+    after = victim.net.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_saved_and_loaded_it_gives_the_same_logits(name, repaired, digits, tmp_path):
+    _, net = repaired(name)
+    save(net, tmp_path / "net")
+    x = pixels(digits.test.x[:50])
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path / "net")(x), net.eval()(x))
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_it_touches_only_what_it_declares(name, victim, digits):
+    """`allow` hides the rest; a defense that reached for it would have raised in every other test here."""
+    defense = build_defense(compose([*TINY, f"defense={name}"]), victim)
+    assert defense.needs <= {"clean", "train"}
+    for hidden in {"train", "clean", "test"} - defense.needs:
+        with pytest.raises(PermissionError, match=f"data.{hidden}"):
+            len(getattr(digits.allow(defense.needs), hidden))
+
+
+@pytest.mark.parametrize("name", [n for n in DEFENSES if n not in ("none",)])
+def test_it_changes_something(name, repaired):
+    before, net = repaired(name)
+    after = net.state_dict()
+    assert before.keys() != after.keys() or any(not torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.parametrize("name", [n for n in DEFENSES if n.startswith("npd")])
+def test_a_polarizer_leaves_every_weight_of_the_net_as_it_was(name, repaired):
+    before, net = repaired(name)
+    (at,) = [n for n, m in net.named_modules() if isinstance(m, Inserted)]
+    after = {k.replace(f"{at}.module.", f"{at}."): v for k, v in net.state_dict().items() if f"{at}.layer." not in k}
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+class NeedsBatchNorm(Defense):
+    needs_batchnorm = True
+
+
+class NeedsTrain(Defense):
+    needs = frozenset({"train"})
+
+
+def test_impossible_pairs_are_refused_by_name(digits, victim):
+    none = build_attack(digits, "attack=none")
+    with pytest.raises(UserError, match="NeedsTrain works on the poisoned training set, and NoAttack leaves none"):
+        check(NeedsTrain(victim.net), none)
+    check(NeedsTrain(victim.net), victim)
+    net = copy.deepcopy(victim.net)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, torch.nn.BatchNorm2d):
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, torch.nn.Identity())
+    with pytest.raises(UserError, match="NeedsBatchNorm works on BatchNorm layers"):
+        NeedsBatchNorm(net)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["defense=npd", "defense.layer=layer4.1.conv3"], r"no such layer \(did you mean layer4.1.conv"),
+        (["defense=npd", "defense.structure=mlp"], "expected one of conv_bn"),
+        (["defense=npd", "defense.recipe=mine"], "expected one of paper, code"),
+        (["defense=npd", "defense.layer=linear"], r"its input has shape \(64,\)"),
+    ],
+)
+def test_npd_names_what_is_wrong(overrides, text, victim):
+    with pytest.raises(UserError, match=text):
+        build_defense(compose([*TINY, *overrides]), victim)
+
+
+def test_a_class_that_the_reserved_set_lacks_and_one_image_per_class(digits, victim, quick_trainer_module):
+    for keep in (digits.clean.y != 3, torch.arange(len(digits.clean)) < 1):
+        few = dataclasses.replace(digits, clean=digits.clean[keep])
+        defense = build_defense(compose([*TINY, "defense=npd", *short("npd")]), victim)
+        net = defense.run(few.allow(defense.needs), quick_trainer_module)
+        assert torch.isfinite(net(pixels(digits.test.x[:5]))).all()
+
+
+def test_an_instantiated_target_must_be_allowed():
+    with pytest.raises(UserError, match=r"_target_=os.system is not allowed"):
+        instantiate({"_target_": "os.system", "command": "true"})
+
+
+def test_the_row_of_a_defense_names_its_overrides(cell):
+    row = cell("attack=badnets", "train.epochs=1", "defense=ft", "defense.epochs=1")
+    assert row["defense"] == "ft"
+    assert row["defense.epochs"] == 1
+    assert row["train.epochs"] == 1
+
+
+def test_a_run_leaves_a_net_that_rebuilds_itself(cell, shared, digits):
+    """Two lines of Python give the repaired net, and it scores what the row says."""
+    import bdx as package
+
+    overrides = [*TINY, *paths(shared), "attack=badnets", "train.epochs=1", "defense=npd", *short("npd")]
+    row = bdx.run.run(compose(overrides))
+    net = package.load(shared / "out" / "nets" / row["id"])
+    with torch.no_grad():
+        pred = net(pixels(digits.test.x)).argmax(1)
+    assert float((pred == digits.test.y).float().mean()) == pytest.approx(row["acc"], abs=1e-6)
+    sheet = json.loads((Path(shared) / "out" / "nets" / row["id"] / "net.json").read_text())
+    assert sheet["insertions"][0]["layer"]["_target_"] == "bdx.polarizers.ConvBN"
