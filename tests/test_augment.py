@@ -189,6 +189,13 @@ def test_cutout_lies_anywhere():
     assert count.max() < 342
 
 
+@pytest.mark.parametrize(("h", "w"), [(4, 12), (12, 4)])
+def test_cutout_reaches_the_far_end_of_an_oblong(h, w):
+    out = random_cutout(torch.ones(600, 1, h, w), 1, seeded())
+    assert (out == 0).sum((1, 2, 3)).tolist() == [1] * 600
+    assert (out == 0).any(0).all()
+
+
 def test_a_large_cutout_leaves_nothing():
     assert (random_cutout(torch.ones(8, 3, 8, 8), 16, seeded()) == 0).all()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, TINY, names, paths
 
@@ -41,6 +42,15 @@ class Said(NamedTuple):
     @property
     def errors(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Nets as thin as these gain nothing from a second thread, and lose much where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -167,10 +177,10 @@ UNSEEN = [
     (["+attack.rato=1"], r"attack\.rato: no such key", DEAD),
     (["++attack.ratio=abc"], r"attack\.ratio=abc: expected a number", DEAD),
     (["~attack.ratio"], r"attack\.ratio", "a key taken away is a TypeError of the constructor"),
-    (["train.batch=0"], r"train\.batch=0", "ZeroDivisionError in Batches"),
-    (["train.precision=half"], r"train\.precision=half", "ValueError from Lightning"),
+    (["train.batch=0"], r"batch=0", "ZeroDivisionError in Batches"),
+    (["train.precision=half"], r"precision=half", "ValueError from Lightning"),
     (["train.label_smoothing=3"], r"label_smoothing=3", "RuntimeError from torch in the first step"),
-    (["defense=npd", "defense.target=99"], r"defense\.target=99", "IndexError, after the backdoor was trained"),
+    (["defense=npd", "defense.target=99"], r"target=99", "IndexError, after the backdoor was trained"),
 ]
 
 
@@ -202,7 +212,7 @@ IMPOSSIBLE = [
     (["attack=badnets", "attack.ratio=2"], r"attack\.ratio=2 asks for 2876 poisoned images of 1438"),
     (
         ["attack=sig", "attack.ratio=0.5"],
-        r"719 poisoned images of 1438, but there are \d+ of class 0.*attack\.ratio_of=candidates",
+        r"719 poisoned images of 1438, but there are \d+ of class 0.*ratio_of=candidates",
     ),
     (["attack=badnets", "attack.ratio=0"], r"attack\.ratio=0 asks for 0 poisoned images"),
     (["attack=badnets", "attack.target=10"], r"attack\.target=10: expected 0 to 9 for 10 classes"),
@@ -514,8 +524,6 @@ def child(argv: list[str], folder: Path) -> None:
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.chdir(folder)
-    import torch
-
     torch.set_num_threads(1)
     main(argv)
 
@@ -529,16 +537,16 @@ def wait_for(text: str, file: Path, seconds: float = 120) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_an_interrupted_run_says_so_leaves_no_row_and_goes_on_when_asked_again(bdx, shared, tmp_path, number):
-    argv = [*SMALL, f"paths.data={shared / 'data'}", f"paths.out={tmp_path / 'out'}", "train.epochs=12"]
+    argv = [*SMALL, f"paths.data={shared / 'data'}", f"paths.out={tmp_path / 'out'}", "train.epochs=6"]
     ran = FORK.Process(target=child, args=(argv, tmp_path))
     ran.start()
-    wait_for("backdoor: epoch 1/12", tmp_path / "stdout")
+    wait_for("backdoor: epoch 1/6", tmp_path / "stdout")
     os.kill(ran.pid, number)
     ran.join(60)
     said = Said(ran.exitcode, (tmp_path / "stdout").read_text(), (tmp_path / "stderr").read_text())
     assert said.code == 130
     assert said.errors == ["bdx: interrupted; nothing half-written is left, the same command goes on"]
-    assert "epoch 12/12" not in said.out
+    assert "epoch 6/6" not in said.out
     assert rows(tmp_path) == []
     assert {p.suffix for p in (tmp_path / "out" / "store").iterdir()} <= {".lock", ".ckpt"}
     if number == signal.SIGINT:
@@ -556,5 +564,5 @@ def test_ctrl_c_on_the_console_script(tmp_path, shared):
     ran.send_signal(signal.SIGINT)
     _, err = ran.communicate(timeout=60)
     assert ran.returncode == 130
-    assert err.split() and len(err.strip().splitlines()) == 1
+    assert len(err.strip().splitlines()) == 1
     assert rows(tmp_path) == []

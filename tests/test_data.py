@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import signal
@@ -31,6 +32,7 @@ TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 PLAIN = Augment(crop=0, flip=False, rotate=0.0, cutout=0, cutmix=0.0)
 
 
+@functools.cache
 def config(name: str, *overrides: str) -> dict:
     return OmegaConf.to_container(compose([f"dataset={name}", *overrides]).dataset, resolve=True)
 
@@ -342,9 +344,13 @@ def photos(tmp_path) -> Path:
     return root
 
 
+def rooted(root: Path, *overrides: str) -> dict:
+    cfg = config("folder", "dataset.reserved.count=2", *overrides)
+    return cfg | {"source": cfg["source"] | {"root": str(root)}}
+
+
 def folder(photos: Path, *overrides: str) -> ImageData:
-    asked = [f"dataset.source.root={photos}", "dataset.reserved.count=2", *overrides]
-    return read(photos.parent / "data", "folder", *asked)
+    return load(rooted(photos, *overrides), photos.parent / "data", device=torch.device("cpu"), seed=0)
 
 
 def test_a_folder_of_images(photos):
@@ -467,7 +473,7 @@ def test_two_folders_of_one_name_are_two_caches(photos):
     for split in ("train", "test"):
         for name in ("cat", "dog"):
             paint(other / split / name / "a.png")
-    folder_of = [cache_path(config("folder", f"dataset.source.root={p}"), photos.parent / "data") for p in (photos, other)]
+    folder_of = [cache_path(rooted(p), photos.parent / "data") for p in (photos, other)]
     assert folder_of[0] != folder_of[1]
     assert imagefile.header(folder_of[0])["classes"] == ["apple", "pear"]
     assert imagefile.header(folder_of[1])["classes"] == ["cat", "dog"]

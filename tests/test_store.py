@@ -337,10 +337,8 @@ NO_ROW = {
 
 
 FOREIGN = {"a list", "a number", "not text"}
-CONTENTS = [
-    bug(k, why="results.find catches no UnicodeDecodeError, and takes any JSON for a dict") if k in FOREIGN else k
-    for k in NO_ROW
-]
+FIND_ROW = "results.find catches no UnicodeDecodeError, and takes any JSON for a dict"
+CONTENTS = [bug(k, why=FIND_ROW) if k in FOREIGN else k for k in NO_ROW]
 
 
 @pytest.mark.parametrize("content", CONTENTS)

@@ -182,6 +182,7 @@ def test_online_run_reaches_the_server(mode, stored, tmp_path, monkeypatch, capf
     assert [run.about[k] for k in place] == ["bdx", "badnets", "npd", "badnets-npd-7", ["digits", "tiny_cnn", "mine"]]
     assert run.files[run.rows[-1]["trigger"]["path"]] == (tmp_path / "trigger.png").read_bytes()
     assert run.exit_codes == [0]
+    assert not stub.elsewhere  # W&B's own telemetry is off
     assert capfd.readouterr().err == ""
 
 

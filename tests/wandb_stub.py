@@ -33,13 +33,17 @@ class Run:
 
 
 class Stub(ThreadingHTTPServer):
-    """refuse: HTTP status that every GraphQL question is answered with, or 0."""
+    """refuse: HTTP status that every GraphQL question is answered with, or 0.
+
+    runs: id -> Run. asked: names of the GraphQL questions. elsewhere: paths that are no part of keeping a run.
+    """
 
     daemon_threads = True
 
     def __init__(self, refuse: int = 0):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.refuse, self.runs, self.asked, self.broken = refuse, {}, [], []
+        self.refuse, self.runs = refuse, {}
+        self.asked, self.elsewhere, self.broken = [], [], []
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
@@ -120,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply({"data": self.server.answer(question["query"], question.get("variables") or {})})
         if stream := re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path):
             self.server.stream(stream[1], json.loads(body))
+        else:
+            self.server.elsewhere.append(self.path)
         return self.reply({}, self.server.refuse or 200)
 
     def do_PUT(self):
