@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bdx.errors import UserError
 
-ALLOWED = ("bdx.", "torch.optim.", "torch.nn.", "torchvision.models.", "timm.create_model")
+ALLOWED = ("bdx.", "torch.optim.", "torch.nn.", "torchvision.models.", "timm.")
 
 
 def targets(node) -> Iterator[str]:
@@ -26,6 +26,22 @@ def targets(node) -> Iterator[str]:
             yield from targets(child)
 
 
+def check_target(target: str, allowed: tuple[str, ...]) -> None:
+    """Raise UserError unless `target` exists, stands below `allowed`, and is defined there too: a module's own imports
+    (bdx.polarizers.torch.load) and what the base classes use to read and write are no targets."""
+    text = f"_target_={target} is not allowed here; allowed are {', '.join(a + '*' for a in allowed)}"
+    if not str(target).startswith(allowed):
+        raise UserError(text)
+    try:
+        found = hydra.utils.get_object(target)
+    except (ImportError, AttributeError, ValueError) as e:
+        missing = getattr(e, "name", None) or target
+        raise UserError(f"_target_={target} cannot be found: {missing} is not there, or not installed") from None
+    home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    if not home.startswith(allowed) or ".base." in home:
+        raise UserError(text)
+
+
 def instantiate(node: DictConfig | dict, *, allowed: tuple[str, ...] = ALLOWED, **extra):
     """Build what `node` describes: `_target_` names a class or function, `_partial_` leaves it to be called later.
 
@@ -34,8 +50,7 @@ def instantiate(node: DictConfig | dict, *, allowed: tuple[str, ...] = ALLOWED, 
     """
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
     for target in targets(plain):
-        if not any(target == a or (a.endswith(".") and target.startswith(a)) for a in allowed):
-            raise UserError(f"_target_={target} is not allowed here; allowed are {', '.join(a + '*' for a in allowed)}")
+        check_target(target, allowed)
     name = plain["_target_"]
     try:
         build = hydra.utils.instantiate({**plain, "_partial_": True}, _convert_="all")
@@ -47,6 +62,6 @@ def instantiate(node: DictConfig | dict, *, allowed: tuple[str, ...] = ALLOWED, 
     try:
         signature = inspect.signature(build)
         signature.bind_partial(**extra) if partial else signature.bind(**extra)
-    except TypeError as e:
-        raise UserError(f"cannot build {name}: {e}") from None
+    except (TypeError, ValueError) as e:
+        raise UserError(f"cannot build {name}: {e.__cause__ or e.__context__ or e}") from None
     return functools.partial(build, **extra) if partial else build(**extra)

@@ -37,14 +37,9 @@ HYDRAS_OWN = (
 
 
 def help() -> str:
-    from bdx.configure import CONF
+    from bdx.configure import groups, options
 
-    names = {
-        g: sorted(p.stem for p in (CONF / g).glob("*.yaml") if p.stem != "base")
-        for g in sorted(os.listdir(CONF))
-        if (CONF / g).is_dir()
-    }
-    return HELP + "\n" + "\n".join(f"  {g:<11}{' '.join(options)}" for g, options in names.items()) + "\n"
+    return HELP + "\n" + "\n".join(f"  {g:<11}{' '.join(options(g))}" for g in groups()) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -193,8 +188,9 @@ def data(argv: list[str]) -> int:
 
 
 def line(path: Path, head: dict) -> str:
-    (train, test), shape = head["sizes"], "×".join(map(str, head["shape"]))
-    return f"{path}: {train} + {test} images of {shape}, {len(head['classes'])} classes, {head['source']}, sha256 {head['sha256'][:12]}"
+    (train, test), shape, k = head["sizes"], "×".join(map(str, head["shape"])), len(head["classes"])
+    about = f"{train} + {test} images of {shape}, {k} classes"
+    return f"{path}: {about}, {head['source']}, sha256 {head['sha256'][:12]}"
 
 
 if __name__ == "__main__":

@@ -30,19 +30,19 @@ def header(path: Path) -> dict:
             if size > 1 << 24:
                 raise ValueError("its header is absurdly long")
             head = json.loads(f.read(size))
-        meta, end = head.pop("__metadata__", {}), 8 + size + max(t["data_offsets"][1] for t in head.values())
+        meta = dict(head.pop("__metadata__", {}))
         if meta.get("format") != FORMAT or not set(TENSORS) <= set(head):
             raise ValueError(f"format={meta.get('format')!r} instead of {FORMAT!r}")
+        end = 8 + size + max(t["data_offsets"][1] for t in head.values())
         if path.stat().st_size != end:
             raise ValueError(f"it has {path.stat().st_size} bytes instead of {end}: truncated?")
-    except (ValueError, KeyError, struct.error, UnicodeDecodeError) as e:
+        meta |= {"classes": json.loads(meta["classes"]), "sha256": meta["sha256"]}
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; `bdx data prepare NAME` makes it") from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
         raise UserError(f"{path} is not a bdx image cache ({e}); remove it and run `bdx data prepare NAME`") from None
     shape = tuple(head["train_images"]["shape"])
-    return meta | {
-        "classes": json.loads(meta["classes"]),
-        "shape": shape[1:],
-        "sizes": (shape[0], head["test_images"]["shape"][0]),
-    }
+    return meta | {"shape": shape[1:], "sizes": (shape[0], head["test_images"]["shape"][0])}
 
 
 def digest(arrays: dict) -> str:
@@ -55,8 +55,10 @@ def digest(arrays: dict) -> str:
 
 def write(path: Path, arrays: dict, *, dataset: str, classes: list[str], source: str, **extra: str) -> None:
     """Write the cache to a temporary name and rename it. arrays: name -> numpy array, at least those of TENSORS."""
+    import numpy as np
     from safetensors.numpy import save_file
 
+    arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}  # safetensors writes memory order, not the array's
     meta = {"format": FORMAT, "dataset": dataset, "classes": json.dumps(classes), "source": source}
     meta |= {"sha256": digest(arrays), **extra}
     path.parent.mkdir(parents=True, exist_ok=True)

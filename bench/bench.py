@@ -188,9 +188,7 @@ def bench_step(place: Place) -> Iterator[Figure]:
     net = place.attack(data, "attack=badnets").net.train()
     source, optimizer = forever(data.batches(data.train, size=128, shuffle=True, augment=True)), SGD(net.parameters())
     usual = usual_steps(place, data.train, steps)
-    ours, theirs = place.race(
-        place.pick(1, 3, 5), lambda: train(net, islice(source, steps), optimizer), lambda: next(usual)
-    )
+    ours, theirs = place.race(place.pick(1, 3, 5), lambda: train(net, islice(source, steps), optimizer), lambda: next(usual))
     yield Figure("step: over fp32 and PIL", ratio(theirs, ours), "x", 3, note=ms(ours, theirs, steps))
 
 

@@ -17,7 +17,10 @@ from bdx.configure import compose, summary
 
 PACKAGE = ROOT / "bdx"
 FLOORS = (
-    {"errors", "split", "augment", "metrics", "surgery", "polarizers", "adversarial", "build", "recipe", "imagefile", "store", "results", "configure"},
+    {
+        "errors", "split", "augment", "metrics", "polarizers", "surgery", "adversarial",
+        "build", "recipe", "imagefile", "store", "results", "configure",
+    },
     {"datasets", "archs", "training"},
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen"},
@@ -87,7 +90,8 @@ def test_lightning_is_imported_under_one_name():
 
 @pytest.mark.parametrize("module", ["cli", "configure", "recipe", "results", "errors", "info"])
 def test_what_runs_before_a_run_imports_no_torch(module):
-    code = f"import sys, bdx.{module}; sys.exit(int(any(m in sys.modules for m in ('torch', 'pytorch_lightning', 'pandas', 'wandb'))))"
+    heavy = ("torch", "pytorch_lightning", "pandas", "wandb")
+    code = f"import sys, bdx.{module}; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

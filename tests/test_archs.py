@@ -387,7 +387,12 @@ def test_a_foreign_target_is_refused_and_never_run(saved, tmp_path):
 
 
 ELSEWHERE = ["torch.load", "builtins.eval", "bdx.run.run", "bdx.store.shutil.rmtree", "torch.nn.Linear", "bdx"]
-IMPORTED = ["bdx.archs.base.instantiate", "bdx.archs.base.save_folder", "bdx.polarizers.torch.load"]
+IMPORTED = [
+    "bdx.archs.base.instantiate",
+    "bdx.archs.base.save_folder",
+    "bdx.polarizers.torch.load",
+    "timm.models.load_state_dict",
+]
 
 
 @pytest.mark.parametrize("target", ELSEWHERE + IMPORTED)

@@ -21,6 +21,7 @@ from conftest import ROOT, TINY, names, paths
 
 from bdx.cli import main
 from bdx.configure import groups, options
+from bdx.screen import Screen
 
 SMALL = [*TINY, "dataset.source.size=16", "train.epochs=1", "attack=none", "defense=none"]
 SCRIPT = Path(sys.executable).parent / "bdx"
@@ -525,10 +526,17 @@ def child(argv: list[str], folder: Path) -> None:
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.chdir(folder)
     torch.set_num_threads(1)
+    say = Screen.epoch
+
+    def linger(*about):
+        say(*about)
+        time.sleep(300)  # in the middle of training until the signal comes
+
+    Screen.epoch = linger
     main(argv)
 
 
-def wait_for(text: str, file: Path, seconds: float = 120) -> None:
+def wait_for(text: str, file: Path, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not (file.exists() and text in file.read_text()):
         assert time.monotonic() < end, f"{text!r} never came: {file.read_text() if file.exists() else ''}"
@@ -537,16 +545,16 @@ def wait_for(text: str, file: Path, seconds: float = 120) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR2])
 def test_an_interrupted_run_says_so_leaves_no_row_and_goes_on_when_asked_again(bdx, shared, tmp_path, number):
-    argv = [*SMALL, f"paths.data={shared / 'data'}", f"paths.out={tmp_path / 'out'}", "train.epochs=6"]
+    argv = [*SMALL, f"paths.data={shared / 'data'}", f"paths.out={tmp_path / 'out'}", "train.epochs=2"]
     ran = FORK.Process(target=child, args=(argv, tmp_path))
     ran.start()
-    wait_for("backdoor: epoch 1/6", tmp_path / "stdout")
+    wait_for("backdoor: epoch 1/2", tmp_path / "stdout")
     os.kill(ran.pid, number)
-    ran.join(60)
+    ran.join(200)
     said = Said(ran.exitcode, (tmp_path / "stdout").read_text(), (tmp_path / "stderr").read_text())
     assert said.code == 130
     assert said.errors == ["bdx: interrupted; nothing half-written is left, the same command goes on"]
-    assert "epoch 6/6" not in said.out
+    assert "epoch 2/2" not in said.out
     assert rows(tmp_path) == []
     assert {p.suffix for p in (tmp_path / "out" / "store").iterdir()} <= {".lock", ".ckpt"}
     if number == signal.SIGINT:
@@ -562,7 +570,7 @@ def test_ctrl_c_on_the_console_script(tmp_path, shared):
         ran = subprocess.Popen([SCRIPT, *argv], cwd=tmp_path, env=ENV, stdout=out, stderr=subprocess.PIPE, text=True)
     wait_for("backdoor: epoch 1/40", tmp_path / "stdout")
     ran.send_signal(signal.SIGINT)
-    _, err = ran.communicate(timeout=60)
+    _, err = ran.communicate(timeout=300)
     assert ran.returncode == 130
     assert len(err.strip().splitlines()) == 1
     assert rows(tmp_path) == []

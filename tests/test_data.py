@@ -630,7 +630,7 @@ def test_count_has_precedence_over_ratio():
         ({"ratio": 1.5}, r"ratio=1\.5 asks for 150 reserved images of 100"),
         ({"ratio": 0.0}, r"ratio=0\.0 asks for 0"),
         ({"count": 1}, r"asks for 1 images, 0 of each of 2 classes.*balanced=false"),
-        ({"count": 30}, r"asks for 30 images, 15 of each of 2 classes, but the smallest class has 10"),
+        ({"count": 30}, r"asks for 30 images, 15 of each of 2 classes, .*the smallest class has 10"),
     ],
 )
 def test_too_many_or_too_few_reserved_images(asked, says):

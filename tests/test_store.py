@@ -239,7 +239,7 @@ def killed(how, root: Path) -> int:
     root.mkdir(exist_ok=True)
     child = FORK.Process(target=how, args=(root,))
     child.start()
-    child.join(60)
+    child.join(300)
     return child.exitcode
 
 
@@ -280,7 +280,7 @@ def one_of_many(root: Path, i: int, start) -> None:
         time.sleep(0.5)
         return WEIGHTS, {"by": i}
 
-    start.wait(60)
+    start.wait(300)
     found = Store(root / "store").get_or_make(SPEC, make)
     (root / f"saw{i}").write_text(json.dumps([found.meta["by"], found.meta["sha256"]]))
 
@@ -291,7 +291,7 @@ def test_of_four_processes_one_makes_and_three_wait(tmp_path):
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join(300)
     assert [child.exitcode for child in children] == [0] * 4
     by = (tmp_path / "makes").read_text().split()
     assert len(by) == 1

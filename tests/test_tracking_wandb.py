@@ -65,7 +65,7 @@ def nobody():
 
 
 def tracker(**changes) -> tracking.WandB:
-    given = {"project": "bdx", "entity": None, "group": None, "tags": ["mine"], "mode": "online", "timeout": 2.0}
+    given = {"project": "bdx", "entity": None, "group": None, "tags": ["mine"], "mode": "online", "timeout": 20.0}
     return tracking.WandB(**given | changes)
 
 
@@ -172,7 +172,7 @@ def test_online_run_reaches_the_server(mode, stored, tmp_path, monkeypatch, capf
         seclude(monkeypatch, tmp_path, stub.url, None if stored else KEY)
         if stored:  # where `wandb login` keeps it
             (tmp_path / "netrc").write_text(f"machine {stub.url.removeprefix('http://')} login user password {KEY}\n")
-        drive(tracker(mode=mode, timeout=20), tmp_path / "log", picture=draw(tmp_path / "trigger.png"))
+        drive(tracker(mode=mode), tmp_path / "log", picture=draw(tmp_path / "trigger.png"))
     assert list(stub.runs) == [ROW["id"]]
     run = stub.runs[ROW["id"]]
     assert [bare(row) for row in run.rows[: len(SENT)]] == SENT
@@ -189,9 +189,9 @@ def test_online_run_reaches_the_server(mode, stored, tmp_path, monkeypatch, capf
 def test_run_started_again_goes_on_in_the_same_place(tmp_path, monkeypatch):
     with Stub() as stub:
         seclude(monkeypatch, tmp_path, stub.url, KEY)
-        drive(tracker(timeout=20), tmp_path / "log", curves=CURVES[:2], row=None)
+        drive(tracker(), tmp_path / "log", curves=CURVES[:2], row=None)
         assert stub.runs[ROW["id"]].summary.get("acc") is None
-        drive(tracker(timeout=20), tmp_path / "log", curves=CURVES[2:])
+        drive(tracker(), tmp_path / "log", curves=CURVES[2:])
     assert list(stub.runs) == [ROW["id"]]
     run = stub.runs[ROW["id"]]
     assert (run.starts, run.exit_codes) == (2, [1, 0])
@@ -227,7 +227,7 @@ def test_unreachable_server_leaves_the_run_offline(tmp_path, monkeypatch, capfd,
 def test_refusing_server_leaves_the_run_offline(tmp_path, monkeypatch, capfd):
     with Stub(refuse=403) as stub:
         seclude(monkeypatch, tmp_path, stub.url, KEY)
-        drive(tracker(timeout=20), tmp_path / "log")
+        drive(tracker(), tmp_path / "log")
         wandb.teardown()
     assert not stub.runs
     check_fallback(capfd.readouterr().err, tmp_path / "log", why=".*403.*not you.*")
@@ -248,7 +248,7 @@ def test_key_that_cannot_be_one_is_named(tmp_path, monkeypatch, capfd, nobody):
 
 
 def test_server_lost_on_the_way_costs_one_line_and_the_run_is_sent_later(tmp_path, monkeypatch, capfd):
-    to = tracker(timeout=2)
+    to = tracker(timeout=4)
     with Stub() as stub:
         seclude(monkeypatch, tmp_path, stub.url, KEY)
         to.start(CFG, ROW["id"], tmp_path / "log")
@@ -256,7 +256,7 @@ def test_server_lost_on_the_way_costs_one_line_and_the_run_is_sent_later(tmp_pat
         to.epoch(*heard)
     to.finish(ROW)
     wandb.teardown()  # as at the end of a process
-    command = check_line(capfd.readouterr().err, "the server did not take everything within 2 s")
+    command = check_line(capfd.readouterr().err, "the server did not take everything within 4 s")
     with Stub() as stub:
         monkeypatch.setenv("WANDB_BASE_URL", stub.url)
         subprocess.run([sys.executable, "-m", "wandb", *command], check=True, capture_output=True, timeout=60)
@@ -280,7 +280,7 @@ def test_asking_for_online_is_stronger_than_wandb_mode(tmp_path, monkeypatch):
     with Stub() as stub:
         seclude(monkeypatch, tmp_path, stub.url, KEY)
         monkeypatch.setenv("WANDB_MODE", "offline")
-        drive(tracker(timeout=20), tmp_path / "log")
+        drive(tracker(), tmp_path / "log")
     assert bare(stub.runs[ROW["id"]].summary) == known(ROW)
 
 

@@ -15,7 +15,7 @@ from bdx.errors import UserError
 from bdx.store import file_sha256, provenance, save_folder
 
 FORMAT = "bdx-net-1"
-ALLOWED = ("bdx.archs.", "bdx.polarizers.", "torchvision.models.", "timm.create_model")
+ALLOWED = ("bdx.archs.", "bdx.polarizers.", "torchvision.models.", "timm.")
 
 
 class Normalize(nn.Module):
@@ -44,13 +44,19 @@ class Classifier(nn.Module):
 def build(arch: dict, *, num_classes: int, mean: list[float], std: list[float], shape: tuple[int, int, int]) -> Classifier:
     """arch: a config of conf/arch. Tries one forward pass on `shape` (C,H,W): a net that cannot take it says so now."""
     spec = {"arch": arch, "num_classes": num_classes, "mean": mean, "std": std, "shape": list(shape)}
-    body = instantiate(arch, allowed=ALLOWED, num_classes=num_classes)
+    try:
+        body = instantiate(arch, allowed=ALLOWED, num_classes=num_classes)
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, TypeError) as e:  # a library's own words, for an unknown model name say
+        raise UserError(f"cannot build {arch['_target_']}: {str(e).splitlines()[0]}") from None
     net = Classifier(Normalize(mean, std), body, spec).to(memory_format=torch.channels_last)
     try:
         with torch.no_grad(), surgery.mode(net, False):
             out = net(torch.zeros(2, *shape))
-        if out.shape != (2, num_classes):
-            raise ValueError(f"its output has shape {tuple(out.shape[1:])} instead of ({num_classes},)")
+        shape_out = tuple(getattr(out, "shape", ()))
+        if shape_out != (2, num_classes):
+            raise ValueError(f"its output for 2 images has shape {shape_out} instead of (2, {num_classes})")
     except (RuntimeError, ValueError, AssertionError) as e:
         raise UserError(f"{arch['_target_']} cannot classify images of {shape}: {str(e).splitlines()[0]}") from None
     return net
@@ -62,19 +68,30 @@ def save(net: Classifier, folder: Path, **facts) -> None:
     save_folder(folder, net.state_dict(), meta, weights="net.safetensors", sheet="net.json")
 
 
+def sheet(folder: Path) -> dict:
+    """net.json, once it is known to be whole and to belong to the weights beside it."""
+    try:
+        meta = json.loads((folder / "net.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} holds no net.json: expected a folder that a run has written (nets/<id>)") from None
+    except ValueError as e:
+        raise UserError(f"{folder}/net.json is not JSON ({e})") from None
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise UserError(f"{folder}/net.json: format={found!r}, expected {FORMAT!r}")
+    if missing := {"arch", "num_classes", "mean", "std", "shape", "insertions", "sha256"} - set(meta):
+        raise UserError(f"{folder}/net.json lacks {', '.join(sorted(missing))}")
+    weights = folder / "net.safetensors"
+    if not weights.is_file() or meta["sha256"] != file_sha256(weights):
+        raise UserError(f"{weights} is missing or does not match its checksum: truncated or altered, make it again")
+    return meta
+
+
 def load(folder: Path | str) -> Classifier:
     """The net in `folder`, in eval mode on the CPU. Keys and shapes must match exactly, the checksum too."""
     folder = Path(folder)
-    try:
-        meta = json.loads((folder / "net.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no net.json: expected a folder that a run has written (nets/<id>)") from None
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{folder}/net.json: format={meta.get('format')!r}, expected {FORMAT!r}")
-    if meta["sha256"] != file_sha256(folder / "net.safetensors"):
-        raise UserError(f"{folder}/net.safetensors does not match its checksum: truncated or altered, make it again")
-    keys = ("num_classes", "mean", "std")
-    net = build(meta["arch"], **{k: meta[k] for k in keys}, shape=tuple(meta["shape"]))
+    meta = sheet(folder)
+    net = build(meta["arch"], num_classes=meta["num_classes"], mean=meta["mean"], std=meta["std"], shape=tuple(meta["shape"]))
     for edit in meta["insertions"]:
         surgery.insert(net, edit["at"], instantiate(edit["layer"], allowed=ALLOWED), edit["layer"])
     net.load_state_dict(load_file(folder / "net.safetensors"))

@@ -84,9 +84,10 @@ def reserve(y: Tensor, *, ratio: float, count: int | None, balanced: bool, seed:
     each = k // classes
     sizes = y.bincount(minlength=classes)
     if each == 0 or int(sizes.min()) < each:
+        more = f"dataset.reserved.count={classes} or more" if each == 0 else f"at most {int(sizes.min()) * classes} images"
         raise UserError(
             f"dataset.reserved asks for {k} images, {each} of each of {classes} classes, but the smallest class has "
-            f"{int(sizes.min())}; raise dataset.reserved.count or set dataset.reserved.balanced=false"
+            f"{int(sizes.min())}; ask for {more}, or set dataset.reserved.balanced=false"
         )
     shuffled = y[order]
     return torch.cat([order[shuffled == c][:each] for c in range(classes)]).sort().values
@@ -143,7 +144,7 @@ class ImageData:
         """The same data with every split that is not in `needs` out of reach: what a method does not declare, it cannot
         use. Touching it raises PermissionError; `test` is never allowed."""
         hide = {f: Hidden(f) for f in ("train", "clean", "test") if f not in needs - {"test"}}
-        return Allowed(**({f: getattr(self, f) for f in self.__dataclass_fields__} | hide), size=self.shape)
+        return Allowed(**({f: getattr(self, f) for f in ImageData.__dataclass_fields__} | hide), size=self.shape)
 
 
 @dataclass(frozen=True)

@@ -45,12 +45,15 @@ def read(p: Path, size: int):
     from PIL import Image
 
     with Image.open(p) as image:
+        if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would clip instead of scaling
+            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
         small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3)
     return np.asarray(small).transpose(2, 0, 1)
 
 
 def stack(classes: dict[str, list[Path]], size: int):
     import numpy as np
+    from PIL.Image import DecompressionBombError
     from rich.progress import track
 
     images, labels, broken = [], [], []
@@ -59,7 +62,7 @@ def stack(classes: dict[str, list[Path]], size: int):
         try:
             images.append(read(p, size))
             labels.append(label)
-        except (OSError, ValueError, SyntaxError) as e:
+        except (OSError, ValueError, SyntaxError, DecompressionBombError) as e:
             broken.append(f"{p} ({e})")
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
