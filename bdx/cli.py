@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 from bdx.errors import UserError, nearest
@@ -82,7 +83,8 @@ def dispatch(argv: list[str]) -> int:
     if any(a in ("-m", "--multirun") for a in argv):
         return multirun(argv)
     if any(a.split("=")[0] in HYDRAS_OWN for a in argv):
-        return hydra_main(argv, lambda cfg: None)
+        completes = any(a.startswith(("-sc", "--shell-completion")) for a in argv)
+        return hydra_main(argv if completes else checked(argv), lambda cfg: None)
     if unknown := [a for a in argv if "=" not in a and not a.startswith("~")]:
         raise UserError(
             f"{unknown[0]}: neither a command{nearest(unknown[0], ['info', 'data', 'help'])} nor key=value; `bdx --help` shows what there is"
@@ -115,21 +117,18 @@ def show(rows: list[dict], cfg) -> None:
     from bdx import results
     from bdx.screen import Screen
 
-    screen = Screen()
+    screen, nets = Screen(), Path(cfg.paths.nets)
     screen.table(rows)
     for row in rows:
-        nets, id = Path(cfg.paths.nets), row["id"]
-        screen.places(results.path(cfg.paths.results, id), nets / id, nets / f"{id}.log" / "trigger.png")
+        picture = nets / f"{row['id']}.log" / "trigger.png"
+        screen.places(row=results.path(cfg.paths.results, row["id"]), net=nets / row["id"], picture=picture)
 
 
 def multirun(argv: list[str]) -> int:
     """Hydra's multirun; a cell that fails is named at the end and does not stop the others."""
-    from hydra import initialize_config_dir
+    from bdx.configure import named
 
-    from bdx.configure import CONF, check, named
-
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        check([a for a in argv if not a.startswith("-")])
+    checked(argv)
     done, failed = [], []
 
     def cell(cfg):
@@ -139,7 +138,9 @@ def multirun(argv: list[str]) -> int:
         named(cfg, dict(job.runtime.choices), list(job.overrides.task))
         try:
             done.append((execute(cfg), cfg))
-        except UserError as e:
+        except Exception as e:
+            if not isinstance(e, UserError):
+                traceback.print_exc()
             failed.append(f"{' '.join(job.overrides.task)}: {e}")
             if "BasicLauncher" not in job.launcher._target_:
                 raise
@@ -147,9 +148,20 @@ def multirun(argv: list[str]) -> int:
     hydra_main(argv, cell)
     if done:
         show([row for row, _ in done], done[0][1])
-    for line in failed:
-        print(f"bdx: failed: {line}", file=sys.stderr)
+    for text in failed:
+        print(f"bdx: failed: {text}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def checked(argv: list[str]) -> list[str]:
+    """argv, once its overrides are known to be right; Hydra would answer a mistake with a traceback."""
+    from hydra import initialize_config_dir
+
+    from bdx.configure import CONF, check
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        check([a for a in argv if "=" in a and not a.startswith("-")])
+    return argv
 
 
 def hydra_main(argv: list[str], task) -> int:

@@ -57,38 +57,65 @@ def parse(overrides: list[str]) -> list[Override]:
         raise UserError(f"{str(e).splitlines()[0]}; expected key=value, such as attack=badnets or attack.ratio=0.05") from None
 
 
+def values_of(o: Override) -> list:
+    """The value, or all values of a sweep a,b,c; ranges and globs are Hydra's to expand."""
+    if o.is_choice_sweep():
+        return list(o.value().list)
+    return [] if o.is_sweep_override() else [o.value()]
+
+
 def check_choice(o: Override) -> None:
-    if o.value() is None or o.is_sweep_override():
-        return
-    name, have = str(o.value()), options(o.key_or_group)
-    if name not in have:
-        raise UserError(f"{o.key_or_group}={name}: no such {o.key_or_group}{nearest(name, have)}; there are {', '.join(have)}")
+    group, have = o.key_or_group, options(o.key_or_group)
+    if o.is_delete():
+        raise UserError(f"~{group}: a run needs one; there are {', '.join(have)}")
+    for value in values_of(o):
+        if str(value) not in have and not (value is None and group == "experiment"):
+            name = "null" if value is None else value
+            raise UserError(f"{group}={name}: no such {group}{nearest(str(name), have)}; there are {', '.join(have)}")
 
 
-def check_key(o: Override, known: dict) -> None:
+def foreign(key: str, cfg: DictConfig) -> bool:
+    """Whether `key` stands among the arguments of something that is not ours, which may know more keys than the YAML."""
+    parent = OmegaConf.select(cfg, key.rpartition(".")[0]) if "." in key else None
+    return isinstance(parent, DictConfig) and not str(parent.get("_target_", "bdx.")).startswith("bdx.")
+
+
+def check_key(o: Override, known: dict, cfg: DictConfig) -> None:
     """The key must be there, and the value of the kind that stands there by default."""
-    if o.is_add() or o.is_force_add():
+    key = o.key_or_group
+    if not key:
+        raise UserError(f"{o.input_line}: expected key=value")
+    if (o.is_add() or o.is_force_add() or o.is_delete()) and foreign(key, cfg):
         return
-    if o.key_or_group not in known:
-        here = o.key_or_group.split(".")[0]
-        where = "" if here in groups() or here in known else f"; groups are {', '.join(groups())}"
-        raise UserError(
-            f"{o.key_or_group}: no such key{nearest(o.key_or_group, [*known, *groups()])}{where}; `bdx … --cfg job` prints all"
-        )
-    node = known[o.key_or_group]
-    default = None if node is None or node._is_interpolation() or node._is_none() else node._value()
-    if o.is_delete() or o.is_sweep_override() or default is None:
-        return
-    value, kind = o.value(), type(default)
-    fits = {
-        bool: isinstance(value, bool),
-        int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, (int, float)) and not isinstance(value, bool),
-        str: value is None or not isinstance(value, (list, dict, bool)),
-    }.get(kind, isinstance(value, list) or not isinstance(node, ListConfig))
-    if not fits and value is not None:
-        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-        raise UserError(f"{o.key_or_group}={o.get_value_element_as_str()}: expected {words.get(kind, 'a list')}, as {default}")
+    if key not in known:
+        where = "" if key.split(".")[0] in {*groups(), *known} else f"; groups are {', '.join(groups())}"
+        near = nearest(key, [*known, *groups()])
+        raise UserError(f"{key}: no such key{near}{where}; `bdx … --cfg job` prints all")
+    if o.is_delete():
+        raise UserError(f"{o.input_line}: {key} is needed and cannot be taken away")
+    node = known[key]
+    if node is not None and not node._is_interpolation() and not node._is_none():
+        for value in values_of(o):
+            check_type(key, value, node)
+
+
+def check_type(key: str, value, node) -> None:
+    default = node._value()
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    kinds = {
+        bool: ("true or false", isinstance(value, bool)),
+        int: ("a whole number", whole),
+        float: ("a number", whole or isinstance(value, float)),
+        str: ("a word", value is not None and not isinstance(value, (list, dict, bool))),
+    }
+    wanted, fits = kinds.get(type(default), ("a list", isinstance(value, list) or not isinstance(node, ListConfig)))
+    if not fits:
+        found = {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, list) else value
+        raise UserError(f"{key}={show(found)}: expected {wanted}, as {default}")
+
+
+def show(value) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def check(overrides: list[str]) -> None:
@@ -97,11 +124,12 @@ def check(overrides: list[str]) -> None:
     chosen = [o for o in parsed if o.key_or_group.lstrip("/") in groups()]
     for o in chosen:
         check_choice(o)
-    lines = [o.input_line for o in chosen if not o.is_sweep_override()]
-    known = flat(hydra_compose("config", lines))
+    lines = [f"{o.key_or_group}={values_of(o)[0]}" for o in chosen if values_of(o)[:1] not in ([], [None])]
+    cfg = hydra_compose("config", lines)
+    known = flat(cfg)
     for o in parsed:
         if o not in chosen:
-            check_key(o, known)
+            check_key(o, known, cfg)
 
 
 def named(cfg: DictConfig, choices: dict, overrides: list[str]) -> DictConfig:

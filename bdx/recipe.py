@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from bdx.errors import UserError
 
 VERSION = 1  # raise it when the meaning of a recipe changes, so that older artifacts are not taken for newer ones
-PLUMBING = ("paths", "trainer", "logger", "hydra")
+PLUMBING = ("paths", "trainer", "logger", "hydra", "asked")
 BACKDOOR = ("dataset", "arch", "attack", "train", "seed")
 
 

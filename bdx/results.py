@@ -26,9 +26,9 @@ def find(folder: Path | str, id: str) -> dict | None:
     """The row of this run, or None; a file that is not whole does not count."""
     try:
         row = json.loads(path(folder, id).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    return row if row.get("id") == id else None
+    return row if isinstance(row, dict) and row.get("id") == id else None
 
 
 def write(folder: Path | str, row: dict) -> dict:

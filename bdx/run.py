@@ -127,7 +127,7 @@ def row_of(cfg, id, backdoor, data, before: dict, after: dict, seconds: float, d
     scores = {f"{k}_before": v for k, v in before.items()} | after
     known = None not in scores.values()
     return {
-        "id": id, **cfg.names, **cfg.asked, "seed": cfg.seed, **scores,
+        "id": id, **cfg.names, **OmegaConf.to_container(cfg.asked), "seed": cfg.seed, **scores,
         "der": metrics.der(*(scores[k] for k in ("acc_before", "asr_before", "acc", "asr"))) if known else None,
         "seconds_attack": backdoor.meta["seconds"], "seconds_defense": seconds, "peak_memory": peak_memory(device),
         "n_test": len(data.test), "n_reserved": len(data.clean), "n_poisoned": backdoor.meta["poisoned_images"],

@@ -72,8 +72,11 @@ class Screen:
             table.add_row(*names, *before, *after, percent(row["der"]), *times)
         self.console.print(table)
 
-    def places(self, row_file: Path, net: Path, picture: Path) -> None:
-        self.say(f"row      {row_file}\nnet      {net}   (bdx.load rebuilds it)\npicture  {picture}")
+    def places(self, **paths: Path) -> None:
+        """Where things lie; what was not made is not named."""
+        for name, path in paths.items():
+            if path.exists():
+                self.say(f"{name:<9}{path}")
 
 
 def percent(value: float | None) -> str:

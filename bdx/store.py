@@ -84,7 +84,7 @@ class Store:
             if meta["sha256"] != file_sha256(path / "weights.safetensors"):
                 return None
             return Artifact(id, path, load_file(path / "weights.safetensors"), meta)
-        except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def get_or_make(self, spec: dict, make: Callable[[Path], tuple[dict[str, Tensor], dict]]) -> Artifact:
@@ -94,22 +94,22 @@ class Store:
         keep what it needs to go on after being killed; it is removed once the artifact stands.
         """
         id = recipe.digest(spec)
-        if found := self.find(id):
-            return found
-        self.root.mkdir(parents=True, exist_ok=True)
         checkpoint = self.root / f".{id}.ckpt"
-        with FileLock(self.root / f".{id}.lock"):
-            if found := self.find(id):
-                return found
-            self.sweep_up(id)
-            tensors, facts = make(checkpoint)
-            meta = {"recipe": spec, "versions": provenance(), **facts}
-            save_folder(self.root / id, tensors, meta, weights="weights.safetensors", sheet="meta.json")
+        found = self.find(id)
+        if found is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / f".{id}.lock"):
+                found = self.find(id) or self.make(id, spec, make, checkpoint)
+        if checkpoint.exists():  # a process was killed between the two
             checkpoint.unlink(missing_ok=True)
-        return self.find(id)
+        return found
 
-    def sweep_up(self, id: str) -> None:
-        """Remove what a killed process left behind; called under the lock, so nobody is writing there."""
+    def make(self, id: str, spec: dict, make: Callable, checkpoint: Path) -> Artifact:
+        """Make the artifact and write it; called under its lock, so what lies about here was left by a killed process."""
         for pattern in (f".{id}.*.tmp", f".{id}.*.old"):
             for path in self.root.glob(pattern):
-                shutil.rmtree(path, ignore_errors=True)
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        tensors, facts = make(checkpoint)
+        meta = {"recipe": spec, "versions": provenance(), **facts}
+        save_folder(self.root / id, tensors, meta, weights="weights.safetensors", sheet="meta.json")
+        return self.find(id)

@@ -22,6 +22,8 @@ from bdx.surgery import mode
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its adverts and hardware lines at every fit
 warnings.filterwarnings("ignore", module="pytorch_lightning")
 
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -40,6 +42,19 @@ class Recipe:
     every: str
     precision: str
     compile: bool
+
+    def __post_init__(self):
+        at_least_one("train", epochs=self.epochs, batch=self.batch)
+        if self.precision not in PRECISIONS:
+            raise UserError(f"train.precision={self.precision}: expected {' or '.join(PRECISIONS)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"train.label_smoothing={self.label_smoothing}: expected 0 up to, but not, 1")
+
+
+def at_least_one(group: str, **values: int) -> None:
+    for key, value in values.items():
+        if value < 1:
+            raise UserError(f"{group}.{key}={value}: expected at least 1")
 
 
 def optimizers(params, optimizer: Callable, schedule: Callable | None, every: str = "epoch", total_steps: int = 0):
@@ -114,8 +129,6 @@ def make_trainer(
     stage: str, epochs: int, *, accelerator: str, precision: str, seed: int, report: Callable, checkpoint=None
 ) -> pl.Trainer:
     """A Trainer for one stage; `report(stage, epoch, epochs, means, seconds)` hears of every epoch."""
-    if epochs < 1:
-        raise UserError(f"{stage}: epochs={epochs}: expected at least 1")
     return pl.Trainer(
         max_epochs=epochs, accelerator=accelerator, devices=1, precision=precision,
         callbacks=[Watch(stage, seed=seed, report=report, checkpoint=checkpoint)],

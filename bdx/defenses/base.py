@@ -10,7 +10,7 @@ from torch import nn
 
 from bdx.datasets.base import ImageData
 from bdx.errors import UserError
-from bdx.training import optimizers
+from bdx.training import at_least_one, optimizers
 
 
 class Defense(pl.LightningModule):
@@ -47,6 +47,7 @@ class Tuning(Defense):
 
     def __init__(self, net: nn.Module, *, epochs: int, batch: int, augment: bool, optimizer: Callable, schedule):
         super().__init__(net)
+        at_least_one("defense", epochs=epochs, batch=batch)
         self.epochs, self.batch, self.augment = epochs, batch, augment
         self.optimizer, self.schedule = optimizer, schedule
 

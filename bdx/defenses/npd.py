@@ -55,6 +55,8 @@ class NPD(Tuning):
         ):
             if value not in choices:
                 raise UserError(f"defense.{key}={value}: expected one of {', '.join(choices)}")
+        if target is not None and not 0 <= target < (k := net.spec["num_classes"]):
+            raise UserError(f"defense.target={target}: expected 0 to {k - 1}, or null to guess it for each image")
         super().__init__(surgery.freeze(net), **loop)
         self.init, self.bn_mode, self.warmup_epochs, self.warmup_lr = init, bn_mode, warmup_epochs, warmup_lr
         self.budget, self.targeted, self.universal, self.target = budget, targeted, universal, target
