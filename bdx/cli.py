@@ -86,9 +86,8 @@ def dispatch(argv: list[str]) -> int:
         completes = any(a.startswith(("-sc", "--shell-completion")) for a in argv)
         return hydra_main(argv if completes else checked(argv), lambda cfg: None)
     if unknown := [a for a in argv if "=" not in a and not a.startswith("~")]:
-        raise UserError(
-            f"{unknown[0]}: neither a command{nearest(unknown[0], ['info', 'data', 'help'])} nor key=value; `bdx --help` shows what there is"
-        )
+        near = nearest(unknown[0], ["info", "data", "help"])
+        raise UserError(f"{unknown[0]}: neither a command{near} nor key=value; `bdx --help` shows what there is")
     return single(argv)
 
 

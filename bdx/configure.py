@@ -110,12 +110,14 @@ def check_type(key: str, value, node) -> None:
     }
     wanted, fits = kinds.get(type(default), ("a list", isinstance(value, list) or not isinstance(node, ListConfig)))
     if not fits:
-        found = {None: "null", True: "true", False: "false"}.get(value, value) if not isinstance(value, list) else value
-        raise UserError(f"{key}={show(found)}: expected {wanted}, as {default}")
+        raise UserError(f"{key}={show(value)}: expected {wanted}, as {show(default)}")
 
 
 def show(value) -> str:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    """As it is written in an override."""
+    if isinstance(value, list):
+        return f"[{','.join(map(show, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def check(overrides: list[str]) -> None:

@@ -63,9 +63,9 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
         if attack.has_trigger:
             draw_trigger(attack, data.test, folder / "trigger.png")
             tracker.picture(folder / "trigger.png")
-        row = row_of(cfg, id, backdoor, data, before, after, seconds, device)
-        tracker.finish(row)
-        return results.write(paths["results"], row)
+        row = results.write(paths["results"], row_of(cfg, id, backdoor, data, before, after, seconds, device))
+        tracker.finish(row)  # the file is the truth, W&B its mirror
+        return row
     except BaseException:
         tracker.fail()
         raise

@@ -78,7 +78,7 @@ class Watch(pl.Callback):
     def __init__(self, stage: str, *, seed: int, report: Callable, checkpoint: Path | None):
         self.stage, self.seed, self.report, self.checkpoint = stage, seed, report, checkpoint
         self.sums: dict[str, Tensor] = {}
-        self.saved = time.monotonic()
+        self.saved, self.pause = time.monotonic(), 20.0  # seconds between two checkpoints
 
     def on_train_epoch_start(self, trainer, module):
         torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch + 1)
@@ -101,7 +101,7 @@ class Watch(pl.Callback):
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         seconds = time.monotonic() - self.began
         self.report(self.stage, epoch + 1, trainer.max_epochs, means | {"lr": lr}, seconds)
-        if self.checkpoint and epoch + 1 < trainer.max_epochs and time.monotonic() - self.saved > 20:
+        if self.checkpoint and epoch + 1 < trainer.max_epochs and time.monotonic() - self.saved > self.pause:
             self.keep(trainer)
 
     def keep(self, trainer):

@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -36,18 +35,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
 from bdx.archs.preact_resnet import preact_resnet18
-from bdx.attacks.base import Attack
 from bdx.augment import Augment
 from bdx.build import instantiate
 from bdx.configure import compose, options
 from bdx.datasets.base import ImageData
-from bdx.defenses.npd import NPD
 from bdx.errors import UserError
 from bdx.run import build_attack
 from bdx.split import Split
 from bdx.training import make_trainer
 
 CIFAR = 50_000
+MOMENTS = ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))
+CHANGE = T.Compose([T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(*MOMENTS)])
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
@@ -62,23 +61,22 @@ class Figure:
     less: bool = False
     note: str = ""
 
-    @property
-    def verdict(self) -> str:
+    def row(self) -> tuple[str, ...]:
+        value = f"{self.measured:,.0f}" if self.measured >= 100 else f"{self.measured:.2f}"
         if self.aim is None:
-            return ""
-        return "ok" if (self.measured <= self.aim if self.less else self.measured >= self.aim) else "short"
+            return self.name, f"{value} {self.unit}", "", "", self.note
+        ok = self.measured <= self.aim if self.less else self.measured >= self.aim
+        aim = f"{'≤' if self.less else '≥'} {self.aim:,g}"
+        return self.name, f"{value} {self.unit}", aim, "ok" if ok else "short", self.note
 
 
 @dataclass(frozen=True)
 class Place:
     """Where to measure, and how thoroughly."""
 
-    device: torch.device
+    device: str
+    gpu: bool
     quick: bool
-
-    @property
-    def gpu(self) -> bool:
-        return self.device.type == "cuda"
 
     def pick(self, quick: int, cpu: int, gpu: int) -> int:
         return quick if self.quick else gpu if self.gpu else cpu
@@ -114,7 +112,7 @@ class Place:
         about = {"name": "synthetic", "classes": tuple("0123456789"), "reserved": split.y[:0], "sha256": "", "seed": 0}
         return ImageData(split, split, split, augment=augment, **about)
 
-    def attack(self, data: ImageData, *overrides: str) -> Attack:
+    def attack(self, data: ImageData, *overrides: str):
         return build_attack(compose(list(overrides)), data).to(self.device)
 
     def trainer(self, stage: str, epochs: int, **more):
@@ -122,74 +120,62 @@ class Place:
         return make_trainer(stage, epochs, report=lambda *_: None, **how, **more)
 
 
-def ratio(slow: Iterable[float], fast: Iterable[float]) -> float:
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+def versus(name: str, over: tuple, under: tuple, steps: int, **aim) -> Figure:
+    """over / under: seconds of two sides that took turns; the median of the rounds' own ratios."""
+    ratio = statistics.median(a / b for a, b in zip(over, under, strict=True))
+    a, b = (f"{min(side) / steps * 1e3:,.1f} ms" for side in (over, under))
+    return Figure(name, ratio, "x", note=f"{a} / {b} a step", **aim)
 
 
-def ms(fast: Iterable[float], slow: Iterable[float], steps: int) -> str:
-    return f"{min(fast) / steps * 1e3:,.1f} ms against {min(slow) / steps * 1e3:,.1f} ms a step"
-
-
-def forever(loader: Iterable) -> Iterator:
-    return chain.from_iterable(repeat(loader))
-
-
-def train(net: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer) -> None:
-    for x, y, _ in batches:
-        with torch.autocast(x.device.type, torch.bfloat16):
+def train(net: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, bf16: bool = True) -> None:
+    """The bare loop, with bdx's Batches or with a DataLoader's."""
+    device = next(net.parameters()).device
+    for batch in batches:
+        x, y = batch[0].to(device), batch[1].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(net(x), y)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
 
-class Pictures:
-    """One PIL image at a time, as torchvision's data sets give them."""
+def pictures(split: Split) -> list[tuple]:
+    return [(T.functional.to_pil_image(x), int(y)) for x, y in zip(split.x.cpu(), split.y, strict=True)]
 
-    def __init__(self, split: Split):
-        self.x, self.y = split.x.cpu().permute(0, 2, 3, 1).contiguous().numpy(), split.y.tolist()
-        normalize = T.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))
-        self.change = T.Compose([T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor(), normalize])
 
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.change(Image.fromarray(self.x[i])), self.y[i]
+def collate(items: list[tuple]) -> tuple[Tensor, Tensor]:
+    return torch.stack([CHANGE(x) for x, _ in items]), torch.tensor([y for _, y in items])
 
 
 def bench_data(place: Place) -> Iterator[Figure]:
     data = place.images(place.pick(5_000, CIFAR, CIFAR))
-    attack, pictures = place.attack(data, "attack=badnets", "arch.width=16"), Pictures(data.train)
+    attack, some = place.attack(data, "attack=badnets", "arch.width=16"), pictures(data.train[:1_280])
     batches = data.batches(data.train, size=128, shuffle=True, augment=True)
-    sides = (lambda: [attack.trigger(b.x) for b in batches][:0], lambda: [pictures[i] for i in range(1_000)][:0])
-    ours, theirs = place.race(place.pick(1, 5, 9), *sides)
-    note = f"image by image with PIL, no trigger: {1_000 / min(theirs):,.0f}"
-    yield Figure("data: batches and trigger", len(data.train) / min(ours), "images/s", 25_000, note=note)
 
+    def ours():
+        for batch in batches:
+            attack.trigger(batch.x)
 
-def usual_steps(place: Place, split: Split, steps: int) -> None:
-    """The usual loop, endlessly: fp32, contiguous, a DataLoader (four workers beside a GPU); `steps` steps for a next()."""
-    net = preact_resnet18(num_classes=10, width=64, final_norm=False).to(place.device)
-    how = {"num_workers": 4, "persistent_workers": True, "pin_memory": True} if place.gpu else {}
-    loader = forever(DataLoader(Pictures(split), batch_size=128, shuffle=True, drop_last=True, **how))
-    optimizer = SGD(net.parameters())
-    while True:
-        for x, y in islice(loader, steps):
-            loss = F.cross_entropy(net(x.to(place.device)), y.to(place.device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        yield
+    fast, slow = place.race(place.pick(1, 5, 9), ours, lambda: collate(some))
+    note = f"image by image with PIL, no trigger: {len(some) / min(slow):,.0f}"
+    yield Figure("data: batches and trigger", len(data.train) / min(fast), "images/s", 25_000, note=note)
 
 
 def bench_step(place: Place) -> Iterator[Figure]:
+    """The reference: fp32, contiguous, a DataLoader with four workers beside a GPU and none on a CPU."""
     data, steps = place.images(12_800), place.pick(1, 2, 60)
-    net = place.attack(data, "attack=badnets").net.train()
-    source, optimizer = forever(data.batches(data.train, size=128, shuffle=True, augment=True)), SGD(net.parameters())
-    usual = usual_steps(place, data.train, steps)
-    ours, theirs = place.race(place.pick(1, 3, 5), lambda: train(net, islice(source, steps), optimizer), lambda: next(usual))
-    yield Figure("step: over fp32 and PIL", ratio(theirs, ours), "x", 3, note=ms(ours, theirs, steps))
+    theirs = preact_resnet18(num_classes=10, width=64, final_norm=False).to(place.device)
+    how = {"num_workers": 4, "persistent_workers": True, "pin_memory": True} if place.gpu else {}
+    loader = DataLoader(pictures(data.train), 128, shuffle=True, drop_last=True, collate_fn=collate, **how)
+    ours = place.attack(data, "attack=badnets").net.train()
+    batches = data.batches(data.train, size=128, shuffle=True, augment=True)
+
+    def some(net: nn.Module, loader: Iterable, bf16: bool) -> Callable:
+        source, optimizer = chain.from_iterable(repeat(loader)), SGD(net.parameters())
+        return lambda: train(net, islice(source, steps), optimizer, bf16)
+
+    slow, fast = place.race(place.pick(1, 3, 5), some(theirs, loader, False), some(ours, batches, True))
+    yield versus("step: fp32 and PIL over ours", slow, fast, steps, aim=3)
 
 
 def bench_loop(place: Place) -> Iterator[Figure]:
@@ -199,35 +185,26 @@ def bench_loop(place: Place) -> Iterator[Figure]:
     net = copy.deepcopy(attack.net).train()
 
     def bare():
-        optimizer = attack.recipe.optimizer(net.parameters())
-        train(net, chain.from_iterable(repeat(attack.batches(data), epochs)), optimizer)
+        source = chain.from_iterable(repeat(attack.batches(data), epochs))
+        train(net, source, attack.recipe.optimizer(net.parameters()))
 
     ours, least = place.race(place.pick(1, 5, 5), lambda: attack.fit(data, place.trainer), bare)
-    note = ms(ours, least, epochs * steps)
-    yield Figure("loop: Lightning over bare, thin net", ratio(ours, least), "x", 1.05, less=True, note=note)
+    yield versus("loop: Lightning over bare, thin net", ours, least, epochs * steps, aim=1.05, less=True)
 
 
-def npd_on(net: nn.Module, frozen: bool) -> NPD:
-    npd = instantiate(compose(["defense=npd", "defense.epochs=1", "defense.warmup_epochs=0"]).defense, net=net)
-    if not frozen:
-        npd.net.requires_grad_(True)
-        npd.backward = lambda loss: loss.backward()  # into all that wants a gradient, as a plain backward goes
-    return npd
-
-
-def passes(npd: NPD, batches: Iterable, device: torch.device) -> None:
+def passes(npd, batches: Iterable, device: str) -> None:
     """What NPD cannot do without: three passes forward, two gradients of the pixels, one of the polarizer."""
-    net, polarizer = npd.net.to(device), list(npd.polarizer.parameters())
+    net = npd.net.to(device)
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return F.cross_entropy(net(x), y)
 
     for x, y, _ in batches:
         clean = loss_of(x.requires_grad_(), y)
         first = (x + torch.autograd.grad(clean, x, retain_graph=True)[0]).detach().requires_grad_()
         second = (first + torch.autograd.grad(loss_of(first, y), first)[0]).detach()
-        torch.autograd.grad(clean + loss_of(second, y), polarizer)
+        torch.autograd.grad(clean + loss_of(second, y), list(npd.polarizer.parameters()))
 
 
 def bench_npd(place: Place) -> Iterator[Figure]:
@@ -235,12 +212,15 @@ def bench_npd(place: Place) -> Iterator[Figure]:
     steps = place.pick(2, 2, 20)
     data = place.images(steps * 128)
     net = place.attack(data, "attack=badnets", f"arch.width={16 if place.quick else 64}").net
-    frozen, free = npd_on(copy.deepcopy(net), True), npd_on(copy.deepcopy(net), False)
+    build = partial(instantiate, compose(["defense=npd", "defense.epochs=1", "defense.warmup_epochs=0"]).defense)
+    frozen, free = build(net=copy.deepcopy(net)), build(net=net)
+    free.net.requires_grad_(True)
+    free.backward = lambda loss: loss.backward()  # into all that wants a gradient, as a plain backward goes
     runs = [partial(npd.run, data, place.trainer) for npd in (frozen, free)]
-    least = partial(passes, frozen, frozen.batches(data), place.device)
-    ours, theirs, bare = place.race(place.pick(1, 3, 5), *runs, least)
-    yield Figure("npd: frozen over unfrozen", ratio(theirs, ours), "x", 1.4, note=ms(ours, theirs, steps))
-    yield Figure("npd: over its bare passes", ratio(ours, bare), "x", note=ms(ours, bare, steps))
+    bare = partial(passes, frozen, frozen.batches(data), place.device)
+    ours, theirs, least = place.race(place.pick(1, 3, 5), *runs, bare)
+    yield versus("npd: unfrozen over frozen", theirs, ours, steps, aim=1.4)
+    yield versus("npd: frozen over its bare passes", ours, least, steps)
     memory = [place.peak(run) for run in runs]
     yield Figure("npd: peak memory", memory[0], "MiB", note=f"unfrozen: {memory[1]:,.0f} MiB")
 
@@ -255,15 +235,14 @@ def bench_stamp(place: Place) -> Iterator[Figure]:
             continue
         if attack.has_trigger:
             (seconds,) = place.race(place.pick(1, 2, 3), partial(attack.stamp, data.train.x))
-            whole = min(seconds) * CIFAR / len(data.train)
-            yield Figure(f"stamp: {name}", whole, "s", 1 if place.gpu else 10, less=True)
+            yield Figure(f"stamp: {name}", min(seconds) * CIFAR / len(data.train), "s", 1 if place.gpu else 10, less=True)
 
 
 def bench_card(place: Place) -> Iterator[Figure]:
     """A step counts as three forward passes: one, and the two products of the backward pass."""
-    side, steps = (8192, place.pick(3, 30, 30)) if place.gpu else (256, 1)
+    side, steps = 8192, place.pick(3, 30, 30)
     a, b = torch.randn(2, side, side, device=place.device, dtype=torch.bfloat16)
-    for size, how in ((128, "eager"), (128, "compiled"), (512, "eager"), (512, "compiled")) if place.gpu else ():
+    for size, how in (128, "eager"), (128, "compiled"), (512, "eager"), (512, "compiled"):
         data = place.images(size * steps)
         net = place.attack(data, "attack=badnets").net.train()
         with FlopCounterMode(display=False) as flops, torch.no_grad():
@@ -278,5 +257,31 @@ def bench_card(place: Place) -> Iterator[Figure]:
         yield Figure(f"card: batch {size}, {how}", rate / top * 100, "% of matmul", note=note)
 
 
-BENCHES = {"data": bench_data, "step": bench_step, "loop": bench_loop, "npd": bench_npd}
-BENCHES |= {"stamp": bench_stamp, "card": bench_card}
+BENCHES = {n.removeprefix("bench_"): f for n, f in list(globals().items()) if n.startswith("bench_")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures little")
+    parser.add_argument("--only", choices=BENCHES)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    console, rows = Console(width=120), []
+    cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    machine = ", ".join([*cpu[:1], f"{len(cpu)} cores, 1 thread used", *gpu, f"torch {torch.__version__}"])
+    for device in ["cpu", "cuda"][: 1 + len(gpu)]:
+        table = Table(device, "measured", "aim", "", "note")
+        for name in [n for n in BENCHES if args.only in (None, n) and (n != "card" or device == "cuda")]:
+            for figure in BENCHES[name](Place(device, device == "cuda", args.quick)):
+                rows.append({"device": device, **asdict(figure)})
+                table.add_row(*figure.row())
+        console.print(table)
+    console.print(machine, soft_wrap=True)
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine, "quick": args.quick, "figures": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""One cell from end to end: reproducible bit for bit, resumable, and showing the paper's effect."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, build_attack, paths
+from safetensors.torch import load_file
+
+import bdx.run
+from bdx import recipe
+from bdx.configure import compose
+from bdx.errors import UserError
+from bdx.store import Store
+from bdx.training import make_trainer
+
+SCORES = ("acc_before", "asr_before", "ra_before", "acc", "asr", "ra", "der")
+CELL = [*TINY, "attack=badnets", "train.epochs=2", "defense=npd_whole", "defense.epochs=2", "defense.batch=32"]
+
+
+def scores(row: dict) -> list:
+    return [row[k] for k in SCORES]
+
+
+def weights(root: Path, row: dict) -> dict:
+    return load_file(root / "out" / "nets" / row["id"] / "net.safetensors")
+
+
+def equal(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(folder, row) of a cell whose backdoor was trained in that run."""
+    root = tmp_path_factory.mktemp("trained")
+    return root, bdx.run.run(compose([*CELL, *paths(root)]))
+
+
+def test_the_row_says_what_it_is(trained):
+    root, row = trained
+    assert json.loads((root / "out" / "results" / f"{row['id']}.json").read_text()) == row
+    assert (row["dataset"], row["arch"], row["attack"], row["defense"]) == ("digits", "preact_resnet18", "badnets", "npd_whole")
+    assert row["n_test"] == 359
+    assert row["n_poisoned"] == 144
+    assert row["train.epochs"] == 2
+    assert all(0 <= v <= 1 for v in scores(row))
+    assert row["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"seconds_attack", "seconds_defense", "peak_memory", "commit", "device", "data_sha256", "backdoor"} <= set(row)
+
+
+def test_a_loaded_backdoor_gives_the_same_row_as_a_trained_one_with_any_logger(trained, tmp_path):
+    root, row = trained
+    shutil.copytree(root, tmp_path / "copy")
+    (tmp_path / "copy" / "out" / "results" / f"{row['id']}.json").unlink()
+    again = bdx.run.run(compose([*CELL, *paths(tmp_path / "copy"), "logger=csv"]))
+    assert again["id"] == row["id"]
+    assert scores(again) == scores(row)
+    assert equal(weights(tmp_path / "copy", again), weights(root, row))
+    curves = (tmp_path / "copy" / "out" / "nets" / f"{row['id']}.log" / "curves.csv").read_text()
+    assert "NPD,2,loss" in curves
+    assert "backdoor" not in curves
+
+
+def test_trained_again_from_nothing_it_is_the_same_row(trained, tmp_path):
+    root, row = trained
+    again = bdx.run.run(compose([*CELL, *paths(tmp_path)]))
+    assert scores(again) == scores(row)
+    assert equal(weights(tmp_path, again), weights(root, row))
+
+
+def test_another_seed_is_another_row(trained, tmp_path):
+    _, row = trained
+    other = bdx.run.run(compose([*CELL, *paths(tmp_path), "seed=1"]))
+    assert other["id"] != row["id"]
+    assert other["backdoor"] != row["backdoor"]
+    assert scores(other) != scores(row)
+
+
+def test_a_finished_run_is_not_run_again(trained, monkeypatch):
+    root, row = trained
+    monkeypatch.setattr(bdx.run, "build_attack", lambda *_: pytest.fail("built again"))
+    assert bdx.run.run(compose([*CELL, *paths(root)])) == row
+
+
+def test_without_an_attack_asr_is_unknown_and_not_zero(cell):
+    row = cell("attack=none", "train.epochs=1", "defense=none")
+    assert row["asr"] is row["ra"] is row["asr_before"] is row["der"] is None
+    assert 0 <= row["acc"] <= 1
+
+
+def test_every_defense_gets_the_same_backdoor(cell):
+    rows = [
+        cell("attack=badnets", "train.epochs=1", f"defense={d}", *more)
+        for d, more in (("none", []), ("ft", ["defense.epochs=1"]))
+    ]
+    assert rows[0]["backdoor"] == rows[1]["backdoor"]
+    assert [r["asr_before"] for r in rows] == [rows[0]["asr"]] * 2
+
+
+def test_a_backdoor_on_other_poisoned_images_is_refused(trained, tmp_path):
+    """A store that was filled by other code must not pass for this one's."""
+    root, row = trained
+    shutil.copytree(root, tmp_path / "copy")
+    cfg = compose([*CELL, *paths(tmp_path / "copy")])
+    (tmp_path / "copy" / "out" / "results" / f"{row['id']}.json").unlink()
+    found = Store(tmp_path / "copy" / "out" / "store").find(row["backdoor"])
+    moved = found.tensors | {"split.poisoned": found.tensors["split.poisoned"].roll(1)}
+    shutil.rmtree(found.path)
+    Store(found.path.parent).get_or_make(found.meta["recipe"], lambda _: (moved, {"seconds": 1.0, "poisoned_images": 144}))
+    assert recipe.digest(found.meta["recipe"]) == row["backdoor"]
+    with pytest.raises(UserError, match="was trained on other poisoned images"):
+        bdx.run.run(cfg)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(UserError, match=r"backdoor: the loss is not finite in epoch 1 of 2; try a smaller learning rate"):
+        bdx.run.run(compose([*CELL, *paths(tmp_path), "train.schedule.max_lr=1e30"]))
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+def test_evaluation_leaves_the_mode_of_the_net_alone(digits):
+    from bdx.training import predict
+
+    net = build_attack(digits, "attack=badnets").net
+    net.train()
+    net.body.layer1.eval()
+    predict(net, digits.test.x[:10])
+    assert net.training
+    assert not net.body.layer1[0].bn1.training
+
+
+# resume
+
+
+def fitted(digits, epochs_alive: int | None, checkpoint: Path) -> dict:
+    """Weights after 4 epochs; killed after `epochs_alive` if that is a number."""
+    attack = build_attack(digits, "attack=badnets", "train.epochs=4", "dataset.augment.crop=2")
+    data = digits.poisoned(attack.poison(digits.train))
+
+    class Killed(Exception):
+        pass
+
+    def report(stage, epoch, *_):
+        if epoch - 1 == epochs_alive:
+            raise Killed
+
+    def trainer(stage, epochs, checkpoint=None):
+        made = make_trainer(stage, epochs, accelerator="cpu", precision="32-true", seed=0, report=report, checkpoint=checkpoint)
+        made.callbacks[0].pause = 0  # every epoch is worth a checkpoint
+        return made
+
+    try:
+        attack.fit(data, trainer, checkpoint)
+    except Killed:
+        assert checkpoint.exists()
+    return attack.net.state_dict()
+
+
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(digits, tmp_path):
+    whole = fitted(digits, None, tmp_path / "a.ckpt")
+    fitted(digits, 2, tmp_path / "b.ckpt")
+    resumed = fitted(digits, None, tmp_path / "b.ckpt")
+    assert equal(resumed, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_killed_in_training_is_finished_by_the_same_command(sent, tmp_path):
+    command = [Path(sys.executable).parent / "bdx", *CELL, *paths(tmp_path), "train.epochs=6", "trainer=cpu"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as child:
+        assert any("backdoor: epoch" in line for line in child.stdout)
+        time.sleep(0.3)
+        child.send_signal(sent)
+        child.stdout.read()
+    assert child.returncode == (-9 if sent == signal.SIGKILL else 130)
+    out = tmp_path / "out"
+    assert not list(out.glob("results/*.json"))
+    assert not [p for p in out.glob("store/*") if not p.name.startswith(".")]
+    assert subprocess.run(command, env=env, capture_output=True).returncode == 0
+    assert len(list(out.glob("results/*.json"))) == 1
+    assert not [p for p in out.rglob("*") if p.name.endswith((".tmp", ".old"))]
+
+
+# the effect
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_effect(tmp_path):
+    """BadNets reaches its target, and NPD takes it away: the figures that the README promises."""
+    row = bdx.run.run(compose(["experiment=demo", "logger=none", *paths(tmp_path)]))
+    assert row["asr_before"] >= 0.95
+    assert row["asr"] <= 0.10
+    assert row["acc"] >= row["acc_before"] - 0.05
