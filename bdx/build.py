@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from bdx.errors import UserError
 
-ALLOWED = ("bdx.", "torch.optim.", "torch.nn.", "torchvision.models.", "timm.")
+ALLOWED = ("bdx.", "torch.optim.", "torch.nn.", "torchvision.models.", "timm.create_model")
 
 
 def targets(node) -> Iterator[str]:
@@ -29,8 +29,9 @@ def targets(node) -> Iterator[str]:
 def check_target(target: str, allowed: tuple[str, ...]) -> None:
     """Raise UserError unless `target` exists, stands below `allowed`, and is defined there too: a module's own imports
     (bdx.polarizers.torch.load) and what the base classes use to read and write are no targets."""
-    text = f"_target_={target} is not allowed here; allowed are {', '.join(a + '*' for a in allowed)}"
-    if not str(target).startswith(allowed):
+    below = tuple(a for a in allowed if a.endswith("."))  # the others are targets by their full name
+    text = f"_target_={target} is not allowed here; allowed are {', '.join(a + '*' * (a in below) for a in allowed)}"
+    if target not in allowed and not str(target).startswith(below):
         raise UserError(text)
     try:
         found = hydra.utils.get_object(target)
@@ -38,7 +39,7 @@ def check_target(target: str, allowed: tuple[str, ...]) -> None:
         missing = getattr(e, "name", None) or target
         raise UserError(f"_target_={target} cannot be found: {missing} is not there, or not installed") from None
     home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-    if not home.startswith(allowed) or ".base." in home:
+    if target not in allowed and (not home.startswith(below) or ".base." in home):
         raise UserError(text)
 
 

@@ -58,7 +58,8 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
         started = time.monotonic()
         net = defense.run(data.allow(defense.needs), trainer)
         seconds = time.monotonic() - started
-        archs.save(net, paths["nets"] / id, classes=list(data.classes), run=id, backdoor=backdoor.id)
+        facts = {"classes": list(data.classes), "run": id, "backdoor": backdoor.id, "reserved": data.reserved.tolist()}
+        archs.save(net, paths["nets"] / id, **facts)
         after = evaluate(archs.load(paths["nets"] / id), attack, data.test)  # what lies on disk is what the row describes
         if attack.has_trigger:
             draw_trigger(attack, data.test, folder / "trigger.png")

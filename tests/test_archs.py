@@ -496,6 +496,12 @@ def test_a_net_without_norm_or_pooling_has_no_whole_place():
         surgery.locate(plain, "whole", torch.zeros(2, 3, 2, 2))
 
 
+def test_a_norm_behind_the_pooling_sees_no_map():
+    convs = [nn.Conv2d(3, 3, 1) for _ in range(3)]
+    net = nn.Sequential(*convs, nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.Flatten(), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    assert surgery.places(net, torch.zeros(2, 3, 2, 2))["whole"] == "4"
+
+
 def test_a_layer_is_found_by_name_or_depth(net, x):
     for layer in ("layer4.1.conv1", "body.layer4.1.conv1", "penultimate"):
         assert surgery.locate(net, layer, x) == "body.layer4.1.conv1"

@@ -15,7 +15,7 @@ from bdx.errors import UserError
 from bdx.store import file_sha256, provenance, save_folder
 
 FORMAT = "bdx-net-1"
-ALLOWED = ("bdx.archs.", "bdx.polarizers.", "torchvision.models.", "timm.")
+ALLOWED = ("bdx.archs.", "bdx.polarizers.", "torchvision.models.", "timm.create_model")
 
 
 class Normalize(nn.Module):
