@@ -1,5 +1,6 @@
 # Every target sets up what it needs: .venv in this checkout, made once from pyproject.toml.
 PYTHON ?= python3
+UV := $(shell command -v uv)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,7 +14,7 @@ help:  ## this list
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"bdx needs Python 3.11 or newer, {sys.executable} is {v.major}.{v.minor}: make PYTHON=python3.12 $(MAKECMDGOALS)")'
 	@echo "setting up $(VENV) (a few GB, once)"
-	@if command -v uv > /dev/null; then \
+	@if [ -n "$(UV)" ]; then \
 	  uv venv -q --allow-existing --python "$$(command -v $(PYTHON))" $(VENV) && uv pip install -q --python $(BIN)/python -e '.[dev]'; \
 	else \
 	  $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'; \

@@ -1,23 +1,12 @@
 """Speed as ratios within one run: both sides take turns on the same machine, so what disturbs one disturbs the other.
 
-    python bench/bench.py [--quick] [--only NAME] [--json FILE]
-
 On a CPU one thread is measured, in CPU seconds: waiting for other programs does not count. On a GPU it is wall time.
 Images are synthetic, of CIFAR's shape. Nothing is saved unless --json says where.
-
-data   augmented batches, each stamped with BadNets' trigger, in images/s
-step   a training step of the full-width net, against an eager fp32 loop that is fed by PIL transforms
-loop   Lightning with our callback, against a bare loop of the same steps
-npd    NPD on a frozen net, against NPD that computes every weight's gradient, and against the passes it must make
-stamp  seconds to stamp 50,000 images with each attack's trigger
-card   training's share of the GPU's own matmul rate
 """
 
 import argparse
 import copy
-import ctypes
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -39,14 +28,12 @@ from bdx.augment import Augment
 from bdx.build import instantiate
 from bdx.configure import compose, options
 from bdx.datasets.base import ImageData
-from bdx.errors import UserError
-from bdx.run import build_attack
+from bdx.run import build_attack, peak_memory
 from bdx.split import Split
 from bdx.training import make_trainer
 
 CIFAR = 50_000
-MOMENTS = ((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261))
-CHANGE = T.Compose([T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(*MOMENTS)])
+CHANGE = T.Compose([T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize([0.5] * 3, [0.25] * 3)])
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
 
@@ -63,11 +50,9 @@ class Figure:
 
     def row(self) -> tuple[str, ...]:
         value = f"{self.measured:,.0f}" if self.measured >= 100 else f"{self.measured:.2f}"
-        if self.aim is None:
-            return self.name, f"{value} {self.unit}", "", "", self.note
-        ok = self.measured <= self.aim if self.less else self.measured >= self.aim
-        aim = f"{'≤' if self.less else '≥'} {self.aim:,g}"
-        return self.name, f"{value} {self.unit}", aim, "ok" if ok else "short", self.note
+        aim = "" if self.aim is None else f"{'≤' if self.less else '≥'} {self.aim:,g}"
+        ok = self.aim is not None and (self.measured <= self.aim) == self.less
+        return self.name, f"{value} {self.unit}", aim, ("ok" if ok else "short") if aim else "", self.note
 
 
 @dataclass(frozen=True)
@@ -82,11 +67,11 @@ class Place:
         return quick if self.quick else gpu if self.gpu else cpu
 
     def seconds(self, work: Callable) -> float:
-        timer, sync = (time.perf_counter, torch.cuda.synchronize) if self.gpu else (time.process_time, lambda: None)
-        sync()
+        timer = time.perf_counter if self.gpu else time.process_time
         start = timer()
         work()
-        sync()
+        if self.gpu:
+            torch.cuda.synchronize()
         return timer() - start
 
     def race(self, rounds: int, *sides: Callable) -> list[tuple[float, ...]]:
@@ -95,22 +80,16 @@ class Place:
         return list(zip(*runs[1:], strict=True))
 
     def peak(self, work: Callable) -> float:
-        """MiB during `work`, at most: of tensors on a GPU; on a CPU of the whole process, as Linux counts it."""
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
-            work()
-            return torch.cuda.max_memory_allocated() / 2**20
-        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier work has freed, then start the high-water mark again
-        Path("/proc/self/clear_refs").write_text("5")
+        """MiB at most during `work`: of tensors on a GPU, of the whole process on a CPU (Linux)."""
+        torch.cuda.reset_peak_memory_stats() if self.gpu else Path("/proc/self/clear_refs").write_text("5")
         work()
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+        return peak_memory(torch.device(self.device))
 
     def images(self, n: int) -> ImageData:
         x = torch.randint(256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         split = Split.clean(x, torch.arange(n) % 10).to(self.device)
-        augment = Augment(crop=4, flip=True, rotate=0, cutout=0, cutmix=0)
-        about = {"name": "synthetic", "classes": tuple("0123456789"), "reserved": split.y[:0], "sha256": "", "seed": 0}
-        return ImageData(split, split, split, augment=augment, **about)
+        how = {"augment": Augment(crop=4, flip=True, rotate=0, cutout=0, cutmix=0), "reserved": split.y[:0], "seed": 0}
+        return ImageData(split, split, split, name="synthetic", classes=tuple("0123456789"), sha256="", **how)
 
     def attack(self, data: ImageData, *overrides: str):
         return build_attack(compose(list(overrides)), data).to(self.device)
@@ -121,14 +100,14 @@ class Place:
 
 
 def versus(name: str, over: tuple, under: tuple, steps: int, **aim) -> Figure:
-    """over / under: seconds of two sides that took turns; the median of the rounds' own ratios."""
-    ratio = statistics.median(a / b for a, b in zip(over, under, strict=True))
+    """over / under: seconds of two sides that took turns; the median of the rounds' ratios."""
+    ratio = (torch.tensor(over) / torch.tensor(under)).median().item()
     a, b = (f"{min(side) / steps * 1e3:,.1f} ms" for side in (over, under))
     return Figure(name, ratio, "x", note=f"{a} / {b} a step", **aim)
 
 
 def train(net: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, bf16: bool = True) -> None:
-    """The bare loop, with bdx's Batches or with a DataLoader's."""
+    """The bare loop."""
     device = next(net.parameters()).device
     for batch in batches:
         x, y = batch[0].to(device), batch[1].to(device)
@@ -139,34 +118,28 @@ def train(net: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, b
         optimizer.step()
 
 
-def pictures(split: Split) -> list[tuple]:
-    return [(T.functional.to_pil_image(x), int(y)) for x, y in zip(split.x.cpu(), split.y, strict=True)]
-
-
 def collate(items: list[tuple]) -> tuple[Tensor, Tensor]:
     return torch.stack([CHANGE(x) for x, _ in items]), torch.tensor([y for _, y in items])
 
 
 def bench_data(place: Place) -> Iterator[Figure]:
-    data = place.images(place.pick(5_000, CIFAR, CIFAR))
-    attack, some = place.attack(data, "attack=badnets", "arch.width=16"), pictures(data.train[:1_280])
+    """Augmented batches, each stamped with BadNets' trigger, in images/s; beside it PIL transforms."""
+    data, rounds = place.images(place.pick(5_000, CIFAR, CIFAR)), place.pick(1, 5, 9)
+    attack = place.attack(data, "attack=badnets", "arch.width=16")
+    some = [(T.functional.to_pil_image(x), 0) for x in data.train.x[:1_280].cpu()]
     batches = data.batches(data.train, size=128, shuffle=True, augment=True)
-
-    def ours():
-        for batch in batches:
-            attack.trigger(batch.x)
-
-    fast, slow = place.race(place.pick(1, 5, 9), ours, lambda: collate(some))
-    note = f"image by image with PIL, no trigger: {len(some) / min(slow):,.0f}"
+    fast, slow = place.race(rounds, lambda: sum(len(attack.trigger(b.x)) for b in batches), lambda: collate(some))
+    note = f"one by one with PIL, without trigger: {len(some) / min(slow):,.0f}"
     yield Figure("data: batches and trigger", len(data.train) / min(fast), "images/s", 25_000, note=note)
 
 
 def bench_step(place: Place) -> Iterator[Figure]:
-    """The reference: fp32, contiguous, a DataLoader with four workers beside a GPU and none on a CPU."""
+    """Full-width training against the usual loop: fp32, contiguous, PIL and a DataLoader (on a GPU of four workers)."""
     data, steps = place.images(12_800), place.pick(1, 2, 60)
     theirs = preact_resnet18(num_classes=10, width=64, final_norm=False).to(place.device)
     how = {"num_workers": 4, "persistent_workers": True, "pin_memory": True} if place.gpu else {}
-    loader = DataLoader(pictures(data.train), 128, shuffle=True, drop_last=True, collate_fn=collate, **how)
+    items = [(T.functional.to_pil_image(x), y % 10) for y, x in enumerate(data.train.x.cpu())]
+    loader = DataLoader(items, 128, shuffle=True, drop_last=True, collate_fn=collate, **how)
     ours = place.attack(data, "attack=badnets").net.train()
     batches = data.batches(data.train, size=128, shuffle=True, augment=True)
 
@@ -179,40 +152,38 @@ def bench_step(place: Place) -> Iterator[Figure]:
 
 
 def bench_loop(place: Place) -> Iterator[Figure]:
-    epochs, steps = 2, place.pick(4, 30, 200)
+    """Lightning with our callback against a bare loop of the same steps."""
+    steps = place.pick(4, 30, 200)
     data = place.images(steps * 128)
-    attack = place.attack(data, "attack=badnets", "arch.width=16", f"train.epochs={epochs}")
-    net = copy.deepcopy(attack.net).train()
+    attack = place.attack(data, "attack=badnets", "arch.width=16", "train.epochs=2")
+    net, batches = copy.deepcopy(attack.net).train(), attack.batches(data)
 
     def bare():
-        source = chain.from_iterable(repeat(attack.batches(data), epochs))
-        train(net, source, attack.recipe.optimizer(net.parameters()))
+        train(net, chain(batches, batches), attack.recipe.optimizer(net.parameters()))
 
     ours, least = place.race(place.pick(1, 5, 5), lambda: attack.fit(data, place.trainer), bare)
-    yield versus("loop: Lightning over bare, thin net", ours, least, epochs * steps, aim=1.05, less=True)
+    yield versus("loop: Lightning over bare, thin net", ours, least, 2 * steps, aim=1.05, less=True)
 
 
 def passes(npd, batches: Iterable, device: str) -> None:
     """What NPD cannot do without: three passes forward, two gradients of the pixels, one of the polarizer."""
-    net = npd.net.to(device)
-
-    def loss_of(x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16):
-            return F.cross_entropy(net(x), y)
-
+    net, grad = npd.net.to(device), torch.autograd.grad
     for x, y, _ in batches:
-        clean = loss_of(x.requires_grad_(), y)
-        first = (x + torch.autograd.grad(clean, x, retain_graph=True)[0]).detach().requires_grad_()
-        second = (first + torch.autograd.grad(loss_of(first, y), first)[0]).detach()
-        torch.autograd.grad(clean + loss_of(second, y), list(npd.polarizer.parameters()))
+        with torch.autocast(device, torch.bfloat16):
+            clean = F.cross_entropy(net(x.requires_grad_()), y)
+            first = (x + grad(clean, x, retain_graph=True)[0]).detach().requires_grad_()
+            second = (first + grad(F.cross_entropy(net(first), y), first)[0]).detach()
+            loss = clean + F.cross_entropy(net(second), y)
+        grad(loss, list(npd.polarizer.parameters()))
 
 
 def bench_npd(place: Place) -> Iterator[Figure]:
-    """An epoch of 2,560 images on a GPU (5 % of CIFAR-10), of fewer on a CPU; the full-width net unless quick."""
+    """NPD on a frozen net against one that computes all weights' gradients, and against the passes that it must make."""
     steps = place.pick(2, 2, 20)
     data = place.images(steps * 128)
     net = place.attack(data, "attack=badnets", f"arch.width={16 if place.quick else 64}").net
-    build = partial(instantiate, compose(["defense=npd", "defense.epochs=1", "defense.warmup_epochs=0"]).defense)
+    asked = ["defense=npd", "defense.init=plain", "defense.epochs=1", "defense.warmup_epochs=0"]
+    build = partial(instantiate, compose(asked).defense)
     frozen, free = build(net=copy.deepcopy(net)), build(net=net)
     free.net.requires_grad_(True)
     free.backward = lambda loss: loss.backward()  # into all that wants a gradient, as a plain backward goes
@@ -226,20 +197,17 @@ def bench_npd(place: Place) -> Iterator[Figure]:
 
 
 def bench_stamp(place: Place) -> Iterator[Figure]:
+    """Seconds to stamp 50,000 images with each attack's trigger."""
     data = place.images(place.pick(1_000, CIFAR, CIFAR))
     for name in options("attack"):
-        try:
-            attack = place.attack(data, f"attack={name}", "arch.width=16").eval()
-        except UserError as e:
-            yield Figure(f"stamp: {name}", float("nan"), "s", note=f"not built: {e}")
-            continue
+        attack = place.attack(data, f"attack={name}", "arch.width=16").eval()
         if attack.has_trigger:
             (seconds,) = place.race(place.pick(1, 2, 3), partial(attack.stamp, data.train.x))
             yield Figure(f"stamp: {name}", min(seconds) * CIFAR / len(data.train), "s", 1 if place.gpu else 10, less=True)
 
 
 def bench_card(place: Place) -> Iterator[Figure]:
-    """A step counts as three forward passes: one, and the two products of the backward pass."""
+    """Training's share of the GPU's own matmul rate; a step counts as three forward passes."""
     side, steps = 8192, place.pick(3, 30, 30)
     a, b = torch.randn(2, side, side, device=place.device, dtype=torch.bfloat16)
     for size, how in (128, "eager"), (128, "compiled"), (512, "eager"), (512, "compiled"):
@@ -253,7 +221,8 @@ def bench_card(place: Place) -> Iterator[Figure]:
         work = partial(train, net, data.batches(data.train, size=size, shuffle=True, augment=True), SGD(net.parameters()))
         products, seconds = place.race(place.pick(1, 5, 5), lambda: [a @ b for _ in range(20)], work)
         top, rate = 20 * 2 * side**3 / min(products), 3 * flops.get_total_flops() * steps / min(seconds)
-        note = f"{size * steps / min(seconds):,.0f} images/s, {place.peak(work):,.0f} MiB, matmul {top / 1e12:,.0f} TFLOP/s"
+        speed, memory = size * steps / min(seconds), place.peak(work) - 2 * a.nbytes / 2**20
+        note = f"{speed:,.0f} images/s, {memory:,.0f} MiB, matmul {top / 1e12:,.0f} TFLOP/s"
         yield Figure(f"card: batch {size}, {how}", rate / top * 100, "% of matmul", note=note)
 
 
@@ -261,9 +230,9 @@ BENCHES = {n.removeprefix("bench_"): f for n, f in list(globals().items()) if n.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures little")
-    parser.add_argument("--only", choices=BENCHES)
+    parser.add_argument("--only", choices=BENCHES, help="; ".join(f"{n}: {f.__doc__}" for n, f in BENCHES.items()))
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -273,10 +242,10 @@ def main() -> None:
     machine = ", ".join([*cpu[:1], f"{len(cpu)} cores, 1 thread used", *gpu, f"torch {torch.__version__}"])
     for device in ["cpu", "cuda"][: 1 + len(gpu)]:
         table = Table(device, "measured", "aim", "", "note")
-        for name in [n for n in BENCHES if args.only in (None, n) and (n != "card" or device == "cuda")]:
-            for figure in BENCHES[name](Place(device, device == "cuda", args.quick)):
-                rows.append({"device": device, **asdict(figure)})
-                table.add_row(*figure.row())
+        names = [n for n in BENCHES if args.only in (None, n) and (n != "card" or device == "cuda")]
+        for figure in chain.from_iterable(BENCHES[n](Place(device, device == "cuda", args.quick)) for n in names):
+            rows.append({"device": device, **asdict(figure)})
+            table.add_row(*figure.row())
         console.print(table)
     console.print(machine, soft_wrap=True)
     if args.json:
