@@ -1,11 +1,9 @@
 """Speed as ratios within one run: both sides take turns on the same machine, so what disturbs one disturbs the other.
 
-On a CPU one thread is measured, in CPU seconds: waiting for other programs does not count. On a GPU it is wall time.
-Images are synthetic, of CIFAR's shape. Nothing is saved unless --json says where.
+On a CPU one thread's CPU seconds count (not its waits), on a GPU wall time. Images are synthetic, of CIFAR's shape.
 """
 
 import argparse
-import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -107,7 +105,6 @@ def versus(name: str, over: tuple, under: tuple, steps: int, **aim) -> Figure:
 
 
 def train(net: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, bf16: bool = True) -> None:
-    """The bare loop."""
     device = next(net.parameters()).device
     for batch in batches:
         x, y = batch[0].to(device), batch[1].to(device)
@@ -153,10 +150,9 @@ def bench_step(place: Place) -> Iterator[Figure]:
 
 def bench_loop(place: Place) -> Iterator[Figure]:
     """Lightning with our callback against a bare loop of the same steps."""
-    steps = place.pick(4, 30, 200)
-    data = place.images(steps * 128)
-    attack = place.attack(data, "attack=badnets", "arch.width=16", "train.epochs=2")
-    net, batches = copy.deepcopy(attack.net).train(), attack.batches(data)
+    data = place.images(128 * (steps := place.pick(4, 30, 200)))
+    attack, same = (place.attack(data, "attack=badnets", "arch.width=16", "train.epochs=2") for _ in range(2))
+    net, batches = same.net.train(), attack.batches(data)
 
     def bare():
         train(net, chain(batches, batches), attack.recipe.optimizer(net.parameters()))
@@ -179,12 +175,10 @@ def passes(npd, batches: Iterable, device: str) -> None:
 
 def bench_npd(place: Place) -> Iterator[Figure]:
     """NPD on a frozen net against one that computes all weights' gradients, and against the passes that it must make."""
-    steps = place.pick(2, 2, 20)
-    data = place.images(steps * 128)
-    net = place.attack(data, "attack=badnets", f"arch.width={16 if place.quick else 64}").net
+    data = place.images(128 * (steps := place.pick(2, 2, 20)))
+    nets = [place.attack(data, "attack=badnets", f"arch.width={16 if place.quick else 64}").net for _ in range(2)]
     asked = ["defense=npd", "defense.init=plain", "defense.epochs=1", "defense.warmup_epochs=0"]
-    build = partial(instantiate, compose(asked).defense)
-    frozen, free = build(net=copy.deepcopy(net)), build(net=net)
+    frozen, free = (instantiate(compose(asked).defense, net=net) for net in nets)
     free.net.requires_grad_(True)
     free.backward = lambda loss: loss.backward()  # into all that wants a gradient, as a plain backward goes
     runs = [partial(npd.run, data, place.trainer) for npd in (frozen, free)]
@@ -192,8 +186,7 @@ def bench_npd(place: Place) -> Iterator[Figure]:
     ours, theirs, least = place.race(place.pick(1, 3, 5), *runs, bare)
     yield versus("npd: unfrozen over frozen", theirs, ours, steps, aim=1.4)
     yield versus("npd: frozen over its bare passes", ours, least, steps)
-    memory = [place.peak(run) for run in runs]
-    yield Figure("npd: peak memory", memory[0], "MiB", note=f"unfrozen: {memory[1]:,.0f} MiB")
+    yield Figure("npd: peak memory", place.peak(runs[0]), "MiB", note=f"unfrozen: {place.peak(runs[1]):,.0f} MiB")
 
 
 def bench_stamp(place: Place) -> Iterator[Figure]:
@@ -214,16 +207,16 @@ def bench_card(place: Place) -> Iterator[Figure]:
         data = place.images(size * steps)
         net = place.attack(data, "attack=badnets").net.train()
         with FlopCounterMode(display=False) as flops, torch.no_grad():
-            net(torch.zeros(size, 3, 32, 32, device=place.device))
+            net(torch.zeros(1, 3, 32, 32, device=place.device))
         if how == "compiled":
             torch.compiler.reset()  # else the second size would be compiled for all sizes
             net.compile()
         work = partial(train, net, data.batches(data.train, size=size, shuffle=True, augment=True), SGD(net.parameters()))
         products, seconds = place.race(place.pick(1, 5, 5), lambda: [a @ b for _ in range(20)], work)
-        top, rate = 20 * 2 * side**3 / min(products), 3 * flops.get_total_flops() * steps / min(seconds)
-        speed, memory = size * steps / min(seconds), place.peak(work) - 2 * a.nbytes / 2**20
+        top, speed = 20 * 2 * side**3 / min(products), size * steps / min(seconds)
+        memory = place.peak(work) - 2 * a.nbytes / 2**20
         note = f"{speed:,.0f} images/s, {memory:,.0f} MiB, matmul {top / 1e12:,.0f} TFLOP/s"
-        yield Figure(f"card: batch {size}, {how}", rate / top * 100, "% of matmul", note=note)
+        yield Figure(f"card: batch {size}, {how}", 300 * flops.get_total_flops() * speed / top, "% of matmul", note=note)
 
 
 BENCHES = {n.removeprefix("bench_"): f for n, f in list(globals().items()) if n.startswith("bench_")}

@@ -490,12 +490,17 @@ MULTIRUN_MISTAKES = [
     ("attack.rato=1,2", r"attack\.rato: no such key \(did you mean attack\.ratio"),
     ("attack=badnets,blendet", r"attack=blendet: no such attack \(did you mean blended"),
     ("seed=0,abc", r"seed=abc: expected a whole number"),
+    pytest.param(
+        "attack=blended,badnets attack.alpha=0.3",
+        r"attack\.alpha: no such key",
+        marks=pytest.mark.xfail(strict=True, reason="configure.check asks the first choice of a swept group alone"),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("word", "answer"), MULTIRUN_MISTAKES)
-def test_a_mistake_in_a_grid_is_refused_before_any_cell(bdx, pretended, word, answer, tmp_path):
-    refused(bdx("-m", *paths(tmp_path), word), answer)
+@pytest.mark.parametrize(("words", "answer"), MULTIRUN_MISTAKES)
+def test_a_mistake_in_a_grid_is_refused_before_any_cell(bdx, pretended, words, answer, tmp_path):
+    refused(bdx("-m", *paths(tmp_path), *words.split()), answer)
     assert pretended == []
 
 
