@@ -86,7 +86,7 @@ def places(net: nn.Module, sample: Tensor) -> dict[str, str]:
 
     `whole` is the input of the last normalisation or pooling that still sees a feature map: all features pass there,
     no skip path leads around it (on thin nets the trigger takes that path; see README, "What NPD needs").
-    Transformer blocks count where a net has no convolutions but its stem. Returns depth -> module name.
+    Returns depth -> module name. Raises UserError for a net with fewer than three convolutions, such as a transformer.
     """
     convs, maps = [], []
 
@@ -104,7 +104,6 @@ def places(net: nn.Module, sample: Tensor) -> dict[str, str]:
         "shallow": convs[1], "middle": convs[len(convs) // 2],
         "third_to_last": convs[-3], "penultimate": convs[-2], "last": convs[-1],
     }  # fmt: skip
-    # a pooling is listed as a place only if it pools the map that the classifier sees, i.e. it runs last
     return by_depth | ({"whole": maps[-1]} if maps else {})
 
 
@@ -120,7 +119,7 @@ def locate(net: nn.Module, layer: str, sample: Tensor) -> str:
         if layer not in found:
             raise UserError(f"layer={layer}: this net has no such place, only {', '.join(found)}")
         return found[layer]
-    names = {n for n, _ in net.named_modules() if n}
+    names = [n for n, _ in net.named_modules() if n]
     for name in (layer, f"body.{layer}"):
         if name in names:
             return name

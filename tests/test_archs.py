@@ -746,3 +746,12 @@ def test_denoising_leaves_what_is_even(kind):
 def test_a_denoiser_must_say_how(z):
     with pytest.raises(NotImplementedError, match="Denoiser must say how it denoises"):
         Denoiser(6)(z)
+
+
+@pytest.mark.parametrize(
+    "asks", [{"pretrained": True}, {"checkpoint_path": "x.pt"}, {"weights": "DEFAULT"}, {"model_name": "hf-hub:a/b"}]
+)
+def test_a_saved_net_fetches_nothing(asks, saved):
+    edit(saved, arch={"_target_": "timm.create_model", "model_name": "resnet18"} | asks)
+    with pytest.raises(UserError, match="asks a library to fetch weights"):
+        archs.load(saved)

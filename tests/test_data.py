@@ -830,3 +830,22 @@ def test_cutmix_makes_labels_probabilities(digits):
     batch = next(iter(digits.batches(digits.train, size=64, shuffle=True, augment=mixed)))
     assert batch.y.shape == (64, 10)
     assert torch.allclose(batch.y.sum(1), torch.ones(64))
+
+
+def test_altered_pixels_and_another_data_set_are_refused(tmp_path):
+    """A run's id names the pixels by the header's checksum, so they must be those."""
+    path = tmp_path / "cifar10.safetensors"
+    write_contract(path)
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"does not match its checksum: altered|holds cifar10 with"):
+        read(tmp_path, "cifar10")
+    write_contract(path, dataset="cifar100")
+    with pytest.raises(UserError, match=r"holds cifar100 with .* not cifar10"):
+        read(tmp_path, "cifar10")
+
+
+def test_hidden_files_are_no_images(photos):
+    (photos / "train" / "apple" / "._a.png").write_bytes(b"resource fork")
+    assert len(folder(photos).train) == 6

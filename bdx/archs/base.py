@@ -17,6 +17,8 @@ from bdx.store import file_sha256, provenance, save_folder
 FORMAT = "bdx-net-1"
 ALLOWED = ("bdx.archs.", "bdx.polarizers.", "torchvision.models.", "timm.create_model")
 
+FETCHING = ("weights", "weights_backbone", "pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay")
+
 
 class Normalize(nn.Module):
     """(x − mean) / std per channel, for x in [0,1]."""
@@ -81,6 +83,9 @@ def sheet(folder: Path) -> dict:
         raise UserError(f"{folder}/net.json: format={found!r}, expected {FORMAT!r}")
     if missing := {"arch", "num_classes", "mean", "std", "shape", "insertions", "sha256"} - set(meta):
         raise UserError(f"{folder}/net.json lacks {', '.join(sorted(missing))}")
+    fetching = {k: v for k, v in meta["arch"].items() if k in FETCHING and v not in (None, False)}
+    if fetching or ":" in str(meta["arch"].get("model_name", "")):
+        raise UserError(f"{folder}/net.json asks a library to fetch weights ({meta['arch']}); a saved net brings its own")
     weights = folder / "net.safetensors"
     if not weights.is_file() or meta["sha256"] != file_sha256(weights):
         raise UserError(f"{weights} is missing or does not match its checksum: truncated or altered, make it again")

@@ -42,7 +42,7 @@ class Batches:
         seed: int,
     ):
         if len(split) == 0:
-            raise UserError("there are no images to make batches of: is the reserved set empty?")
+            raise UserError("there are no images to make batches of: is the reserved set empty, or was every image taken?")
         self.split, self.size, self.shuffle, self.augment = split, size, shuffle, augment
         self.classes, self.seed, self.epoch = classes, seed, 0
         self.used = len(split) // size * size if drop_last and len(split) >= size else len(split)
@@ -176,11 +176,25 @@ def cache_path(cfg: dict, folder: Path | str) -> Path:
     return maker(Path(folder).expanduser())
 
 
+def verify(path: Path, head: dict, tensors: dict[str, Tensor], name: str) -> None:
+    """The cache must be of this data set and hold the very pixels and labels that its header names (a run's id does)."""
+    top = max(int(tensors[f"{s}_labels"].max()) for s in ("train", "test"))
+    if head["dataset"] != name or top >= len(head["classes"]):
+        raise UserError(
+            f"{path} holds {head['dataset']} with {len(head['classes'])} classes and labels up to {top}, not {name}; "
+            f"remove it and run `bdx data prepare {name}`"
+        )
+    if imagefile.digest({k: tensors[k].numpy() for k in imagefile.TENSORS}) != head["sha256"]:
+        raise UserError(f"{path} does not match its checksum: altered, remove it and run `bdx data prepare {name}`")
+
+
 def load(cfg: dict, folder: Path | str, *, device, seed: int) -> ImageData:
     """cfg: a config of conf/dataset. The reserved set depends on the data, the sizes asked for and the seed alone."""
     path = cache_path(cfg, folder)
-    head, tensors = imagefile.header(path), load_file(path, device=str(device))
+    head, tensors = imagefile.header(path), load_file(path)
     classes = tuple(str(c) for c in head["classes"])
+    verify(path, head, tensors, cfg["name"])
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     train, test = (Split.clean(tensors[f"{s}_images"], tensors[f"{s}_labels"].long()) for s in ("train", "test"))
     asked = cfg["reserved"]
     if asked["source"] not in ("train", "held_out"):

@@ -18,7 +18,7 @@ def listing(root: Path) -> dict[str, dict[str, list[Path]]]:
         if not (root / split).is_dir():
             raise UserError(f"{root} has no folder {split}/: expected {root}/train/CLASS/*.png and {root}/test/CLASS/*.png")
         classes = sorted(p for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
-        found[split] = {c.name: sorted(p for p in c.rglob("*") if p.suffix.lower() in ENDINGS) for c in classes}
+        found[split] = {c.name: sorted(p for p in c.rglob("[!.]*") if p.suffix.lower() in ENDINGS) for c in classes}
         if not found[split]:
             raise UserError(f"{root / split} has no class folders")
         if empty := [c for c, files in found[split].items() if not files]:
@@ -35,7 +35,7 @@ def fingerprint(found: dict, size: int) -> str:
         for name, files in classes.items():
             for p in files:
                 stat = p.stat()
-                sha.update(f"{split}/{name}/{p.name}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
+                sha.update(f"{split}/{name}/{p}:{stat.st_size}:{stat.st_mtime_ns}\n".encode())
     return sha.hexdigest()
 
 
