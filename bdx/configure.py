@@ -126,12 +126,19 @@ def check(overrides: list[str]) -> None:
     chosen = [o for o in parsed if o.key_or_group.lstrip("/") in groups()]
     for o in chosen:
         check_choice(o)
-    lines = [f"{o.key_or_group}={values_of(o)[0]}" for o in chosen if values_of(o)[:1] not in ([], [None])]
-    cfg = hydra_compose("config", lines)
-    known = flat(cfg)
-    for o in parsed:
-        if o not in chosen:
-            check_key(o, known, cfg)
+    for lines in variants(chosen):
+        cfg = hydra_compose("config", lines)
+        known = flat(cfg)
+        for o in parsed:
+            if o not in chosen:
+                check_key(o, known, cfg)
+
+
+def variants(chosen: list[Override]) -> list[list[str]]:
+    """The choices to check keys against: the first of each group, and every other of one group at a time."""
+    first = {o.key_or_group: values_of(o)[0] for o in chosen if values_of(o)[:1] not in ([], [None])}
+    swept = [first | {o.key_or_group: v} for o in chosen for v in values_of(o)[1:]]
+    return [[f"{k}={v}" for k, v in choice.items()] for choice in [first, *swept]]
 
 
 def named(cfg: DictConfig, choices: dict, overrides: list[str]) -> DictConfig:
