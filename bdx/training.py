@@ -71,7 +71,7 @@ def optimizers(params, optimizer: Callable, schedule: Callable | None, every: st
 class Watch(pl.Callback):
     """Around the epochs of one stage: seeds them, means the losses, stops on NaN, reports, keeps a checkpoint.
 
-    Random numbers of epoch e depend on (seed, stage, e) alone: a cache hit or a resumed training changes nothing.
+    Random numbers of epoch e depend on (seed, e) alone: a cache hit or a resumed training changes nothing.
     The losses are collected as tensors and read once per epoch.
     """
 
