@@ -51,6 +51,8 @@ class NPD(Tuning):
         one_of("defense.init", init, ("identity", "plain"))
         one_of("defense.bn_mode", bn_mode, ("frozen", "train"))
         one_of("defense.recipe", recipe, ("paper", "code"))
+        if warmup_epochs < 0 or warmup_lr < 0:
+            raise UserError(f"defense.warmup_epochs={warmup_epochs}, warmup_lr={warmup_lr}: expected neither below 0")
         if target is not None and not 0 <= target < (k := net.spec["num_classes"]):
             raise UserError(f"defense.target={target}: expected 0 to {k - 1}, or null to guess it for each image")
         super().__init__(surgery.freeze(net), **loop)
