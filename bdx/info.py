@@ -54,8 +54,11 @@ def needs(kind: str, declared: dict) -> str:
     if kind == "attack":
         if not declared.get("has_trigger", True):
             return "clean training"
-        poison = "poisons data" if declared.get("leaves_poison", True) else "leaves no poisoned set"
-        return f"{'clean label' if declared.get('clean_label') else 'dirty label'}, {poison}"
+        label = "clean label" if declared.get("clean_label") else "dirty label"
+        poison = "poisons data" if declared.get("leaves_poison", True) else "controls training, leaves no poisoned set"
+        trigger = "sample-specific" if declared.get("sample_specific") else "static"
+        origin = {"formula": "", "made": ", made before poisoning", "trained": ", trained with the victim"}
+        return f"{label}, {poison}, {trigger} trigger{origin[declared.get('trigger_from', 'formula')]}"
     if kind == "defense":
         words = {"clean": "clean images", "train": "the poisoned training set"}
         asked = [words[n] for n in sorted(declared.get("needs", {"clean"}))]
@@ -94,7 +97,7 @@ def info(argv: list[str]) -> int:
     if argv[:1] == ["layers"]:
         return layers(argv[1:])
     if argv and argv[0] not in KINDS:
-        have = [*KINDS, "layers"]
+        have = [*KINDS, "layers", "triggers"]
         raise UserError(f"bdx info {argv[0]}: expected one of {', '.join(have)}{nearest(argv[0], have)}")
     for title in argv[:1] or KINDS:
         found = rows(KINDS[title])

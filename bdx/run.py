@@ -98,6 +98,11 @@ def check(defense: Defense, attack: Attack) -> None:
             f"{type(defense).__name__} works on the poisoned training set, and {type(attack).__name__} leaves none; take "
             "an attack that poisons data (`bdx info attacks`) or a defense that needs clean images alone"
         )
+    if attack.recipe.budget and not (attack.hardens or type(attack).training_step is Attack.training_step):
+        raise UserError(
+            f"train.adversarial.steps={attack.recipe.budget.steps}: {type(attack).__name__} trains the victim in a way of its "
+            "own, which adversarial training does not reach; set it to 0 or take an attack that poisons data"
+        )
     if hasattr(defense, "optimizer") and hasattr(defense, "schedule"):
         try_out("defense", defense)
 

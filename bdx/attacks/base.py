@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from bdx.adversarial import hardened
 from bdx.datasets.base import Augment, Batches, ImageData
 from bdx.errors import UserError
+from bdx.picture import picture
 from bdx.split import Split
 from bdx.training import Recipe, optimizers, sharpness_aware
 
@@ -30,12 +32,17 @@ class Attack(pl.LightningModule):
     seed            draws the poisoned images and made patterns
 
     Class attributes declare: clean_label (images of the target class only, labels kept), leaves_poison (False: the
-    attacker controls training, no poisoned set exists), has_trigger (False for attack=none).
+    attacker controls training, no poisoned set exists), has_trigger (False for attack=none), sample_specific (what the
+    trigger does to a pixel depends on other pixels, or not linearly on its value), trigger_from (formula; made before
+    poisoning; or trained with the victim), hardens (a training_step of its own goes through `loss`).
     """
 
     clean_label = False
     leaves_poison = True
     has_trigger = True
+    sample_specific = False
+    trigger_from = "formula"
+    hardens = False
 
     def __init__(
         self, net: nn.Module, *, shape: tuple[int, int, int], num_classes: int, recipe: Recipe, seed: int,
@@ -79,7 +86,12 @@ class Attack(pl.LightningModule):
         return y != self.target
 
     def training_step(self, batch, _):
-        return F.cross_entropy(self.net(batch.x), batch.y, label_smoothing=self.recipe.label_smoothing)
+        return self.loss(batch.x, batch.y)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The victim's cross entropy, on adversarial images where train.adversarial asks for them."""
+        x = hardened(self.net, x, y, self.recipe.budget)
+        return F.cross_entropy(self.net(x), y, label_smoothing=self.recipe.label_smoothing)
 
     # pictures for triggers
 
@@ -90,15 +102,7 @@ class Attack(pl.LightningModule):
 
     def read(self, file: str) -> Tensor:
         """A picture of the user's, resized smoothly, as (C,H,W) in [0,1]."""
-        import numpy as np
-        from PIL import Image
-
-        try:
-            with Image.open(file) as image:
-                small = image.convert("RGB").resize(self.shape[:0:-1], Image.Resampling.BILINEAR)
-        except OSError as e:
-            raise UserError(f"attack.file={file} is not an image: {e}") from None
-        return self.scaled(torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255)
+        return self.scaled(picture(file, self.shape[1:]))
 
     # what follows from it
 
@@ -110,8 +114,9 @@ class Attack(pl.LightningModule):
 
     def choose(self, split: Split) -> Tensor:
         """Indices (k,), sorted, of the images to poison. Raises UserError where there are fewer than asked for."""
-        may = self.candidates(split.y_true).cpu().nonzero().flatten()
-        of = len(split) if self.ratio_of == "train" else len(may)
+        may = self.candidates(split.y_true).cpu()
+        of = len(split) if self.ratio_of == "train" else int(may.sum())
+        may = (may & ~split.poisoned.cpu()).nonzero().flatten()  # another trigger may have been there first (multi)
         k = round(self.ratio * of)
         if not 0 < k <= len(may):
             which = f"of class {self.target}" if self.clean_label else "that may be poisoned"
@@ -131,6 +136,9 @@ class Attack(pl.LightningModule):
         chosen = self.choose(split)
         x, y, poisoned = split.x.clone(), split.y.clone(), split.poisoned.clone()
         x[chosen] = self.stamp(split.x[chosen])
+        if torch.equal(x[chosen], split.x[chosen]):
+            size = "×".join(map(str, self.shape[1:]))
+            raise UserError(f"{type(self).__name__} with these settings changes no pixel of the {len(chosen)} images of {size}")
         poisoned[chosen] = True
         if not self.clean_label:
             y[chosen] = self.relabel(split.y_true[chosen])
@@ -141,6 +149,10 @@ class Attack(pl.LightningModule):
         wanted = self.relabel(split.y_true)
         some = split[wanted != split.y_true]
         return replace(some, x=self.stamp(some.x), y=self.relabel(some.y_true), poisoned=torch.ones_like(some.poisoned))
+
+    def by_trigger(self, split: Split) -> dict[str, Split]:
+        """The ASR test set of each trigger by its name, where there are several; `triggered` is all of them."""
+        return {}
 
     # how the victim is trained
 
