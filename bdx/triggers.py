@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bdx.archs import base as archs
 from bdx.attacks.base import Attack
+from bdx.build import instantiate
 from bdx.configure import compose, options
 from bdx.datasets import base as datasets
 from bdx.errors import UserError
-from bdx.run import build_attack
 from bdx.training import accelerate
 
 VISIBLE = 30.0  # dB of PSNR, a usual mark of what the eye can tell apart; ours
@@ -36,17 +37,20 @@ class Looks:
 
     def words(self) -> str:
         """Size and visibility, two columns of NPD Table 10."""
-        return f"{'local' if self.changed < LOCAL else 'global'}, {'visible' if self.psnr < VISIBLE else 'invisible'}"
+        return f"{'local' if self.changed < LOCAL else 'global'} {'visible' if self.psnr < VISIBLE else 'invisible'}"
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """(N,): structural similarity (Wang et al. 2004) of images (N,C,H,W) in [0,1], with a Gaussian window of 11×11 and
-    σ = 1.5 (smaller images: as large as fits), where it lies inside the image; the mean over channels and places."""
+    σ = 1.5 (smaller images: as large as fits), mirrored at the border, where patches lie; mean over channels and places."""
     size = min(11, *(s - 1 + s % 2 for s in x.shape[2:]))
-    wave = torch.exp(-((torch.arange(size, device=x.device) - size // 2) ** 2) / 4.5)
-    window = torch.outer(wave, wave) / wave.sum() ** 2
-    channels = x.shape[1]
-    blur = lambda z: F.conv2d(z, window.to(z).expand(channels, 1, size, size), groups=channels)
+    wave = torch.exp(-((torch.arange(size).to(x) - size // 2) ** 2) / 4.5)
+    wave = (wave / wave.sum()).view(1, 1, size, 1)
+
+    def blur(z: Tensor) -> Tensor:
+        z = F.pad(z, [size // 2] * 4, mode="reflect").flatten(0, 1)[:, None]
+        return F.conv2d(F.conv2d(z, wave), wave.mT).view_as(x)
+
     mx, my = blur(x), blur(y)
     vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
     a, b = 0.01**2, 0.03**2
@@ -70,12 +74,15 @@ def triggers(argv: list[str]) -> int:
         raise UserError(f"{chosen[0]}: `bdx info triggers` shows every attack, as its YAML file has it")
     cfg = compose(words)
     device, _ = accelerate(cfg.trainer.accelerator)
-    plain = OmegaConf.to_container(cfg.dataset, resolve=True)
-    data = datasets.load(plain, Path(cfg.paths.data).expanduser(), device=device, seed=cfg.seed)
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    data = datasets.load(plain["dataset"], Path(cfg.paths.data).expanduser(), device=device, seed=cfg.seed)
+    about, how = {"num_classes": data.num_classes, "shape": data.shape}, instantiate(plain["train"])
+    net = archs.build(plain["arch"], **plain["dataset"]["normalize"], **about)  # one for all: none is trained
     shown, later, refused, table = {}, [], [], headed()
     for name in options("attack"):
         try:
-            attack = build_attack(compose([*words, f"attack={name}"]), data).to(device)
+            plain = OmegaConf.to_container(compose([*words, f"attack={name}"]).attack, resolve=True)
+            attack = instantiate(plain, net=net, recipe=how, seed=cfg.seed, **about).to(device)
         except UserError as e:
             refused.append(f"{name}: {e}")
             continue
@@ -86,7 +93,7 @@ def triggers(argv: list[str]) -> int:
             shown[name] = picture_of(attack, x[:3])
             table.add_row(name, *cells(attack, looks(x, attack.stamp(x))))
     console = Console(highlight=False)
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 120)
     console.print(table)
     for text in refused:
         console.print(f"not on {cfg.names.dataset}: {text}", soft_wrap=True)
@@ -98,16 +105,16 @@ def triggers(argv: list[str]) -> int:
 
 
 def headed() -> Table:
-    table = Table()
+    table = Table(box=None, pad_edge=False)
     for head in ("attack", "labels", "trigger", "looks"):
-        table.add_column(head)
+        table.add_column(head, no_wrap=True)
     for head in ("L2", "L∞ of 255", "pixels", "PSNR dB", "SSIM"):
         table.add_column(head, justify="right")
     return table
 
 
 def cells(attack: Attack, of: Looks) -> tuple[str, ...]:
-    labels = f"{'clean' if attack.clean_label else 'dirty'}, {attack.labels}"
+    labels = f"{'clean' if attack.clean_label else 'dirty'} {attack.labels}"
     kind = "sample-specific" if attack.sample_specific else "static"
     l2, linf, changed, psnr, similar = astuple(of)
     return labels, kind, of.words(), f"{l2:.2f}", f"{linf:.0f}", f"{changed:.1%}", f"{psnr:.1f}", f"{similar:.3f}"
