@@ -18,7 +18,7 @@ from bdx.configure import compose, summary
 PACKAGE = ROOT / "bdx"
 FLOORS = (
     {
-        "errors", "files", "split", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery", "places",
+        "errors", "files", "split", "draws", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery", "places",
         "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
     },
     {"datasets", "archs", "training"},
@@ -80,6 +80,7 @@ def floor_zero(own: str, other: str) -> bool:
         "errors",
         "files",
         "split",
+        "draws",
         "augment",
         "metrics",
         "polarizers",
