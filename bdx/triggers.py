@@ -98,7 +98,7 @@ def triggers(argv: list[str]) -> int:
     for text in refused:
         console.print(f"not on {cfg.names.dataset}: {text}", soft_wrap=True)
     if later:
-        console.print(f"after training: {', '.join(later)} (a run leaves trigger.png beside its net)", soft_wrap=True)
+        console.print(f"after training: {', '.join(later)} (a run of each leaves trigger.png beside its net)", soft_wrap=True)
     sheet(shown, path := Path(cfg.paths.out).expanduser() / f"triggers_{cfg.names.dataset}.png")
     console.print(f"picture  {path} (three images: clean, triggered, difference ×5)", soft_wrap=True)
     return 0

@@ -18,8 +18,8 @@ from bdx.configure import compose, summary
 PACKAGE = ROOT / "bdx"
 FLOORS = (
     {
-        "errors", "files", "split", "picture", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery",
-        "places", "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
+        "errors", "files", "split", "picture", "draws", "augment", "metrics", "polarizers", "conditioned", "decoder",
+        "surgery", "places", "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
     },
     {"datasets", "archs", "training"},
     {"attacks", "defenses"},
@@ -81,6 +81,7 @@ def floor_zero(own: str, other: str) -> bool:
         "files",
         "split",
         "picture",
+        "draws",
         "augment",
         "metrics",
         "polarizers",

@@ -10,12 +10,13 @@ import torch
 from conftest import build_attack, names
 from PIL import Image
 
+from bdx.attacks.base import Attack
 from bdx.errors import UserError
 
 ATTACKS = names("attack")
 ONE_TRIGGER = [n for n in ATTACKS if n != "multi"]  # several are in test_attack_options
-# SIG poisons images of one class only, and a tenth of digits is more than one class has
-SMALL = {"sig": ["attack.ratio=0.05"], "sig_wrapped": ["attack.ratio=0.05"]}
+# These poison images of one class only, and a tenth of digits is more than one class has; Narcissus would poison one image
+SMALL = {name: ["attack.ratio=0.05"] for name in ("sig", "sig_wrapped", "lc", "narcissus")}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def test_as_many_images_are_poisoned_as_asked(name, made, digits):
     if not attack.leaves_poison:
         assert train is digits.train
         return
-    assert int(train.poisoned.sum()) == round(attack.ratio * len(train))
+    covers = attack.covers(digits.train) if hasattr(attack, "covers") else []
+    assert int(train.poisoned.sum()) == round(attack.ratio * len(train)) + len(covers)
     assert attack.candidates(digits.train.y_true)[train.poisoned].all()
 
 
@@ -44,6 +46,9 @@ def test_labels_and_pixels(name, made, digits):
     attack, train = made(name)
     p = train.poisoned
     wanted = train.y_true[p] if attack.clean_label else attack.relabel(train.y_true[p])
+    if hasattr(attack, "covers"):  # changed images that keep their label
+        covers = attack.covers(digits.train)
+        wanted[torch.isin(p.nonzero().flatten(), covers)] = train.y_true[covers]
     assert torch.equal(train.y[p], wanted)
     assert torch.equal(train.y_true, digits.train.y_true)
     assert torch.equal(train.x[~p], digits.train.x[~p])
@@ -70,7 +75,9 @@ def test_the_same_seed_draws_the_same_images(name, made, digits):
 def test_training_and_test_see_the_same_trigger(name, made, digits):
     attack, train = made(name)
     p = train.poisoned
-    assert torch.equal(attack.stamp(digits.train.x[p]), train.x[p])
+    assert torch.equal(attack.stamp(digits.train.x[p], p.nonzero().flatten()), train.x[p])
+    if type(attack).training_trigger is Attack.training_trigger:
+        assert torch.equal(attack.stamp(digits.train.x[p]), train.x[p])
     x = digits.test.x[:8]
     float_trigger = attack.trigger(x.float() / 255)
     assert float_trigger.min() >= 0

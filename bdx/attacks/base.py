@@ -73,6 +73,11 @@ class Attack(pl.LightningModule):
         """x (N,C,H,W) float in [0,1] -> the same with the trigger."""
         raise NotImplementedError(f"{type(self).__name__} must say what its trigger does")
 
+    def training_trigger(self, x: Tensor, index: Tensor) -> Tensor:
+        """What the poisoned training images x (N,C,H,W) get, which stand at `index` (N,) in the training set: the same as
+        at test time, unless a method poisons in its own way."""
+        return self.trigger(x)
+
     def relabel(self, y: Tensor) -> Tensor:
         """The class that a triggered image of true class y (N,) shall get."""
         return (y + 1) % self.num_classes if self.labels == "all2all" else torch.full_like(y, self.target)
@@ -106,10 +111,20 @@ class Attack(pl.LightningModule):
 
     # what follows from it
 
+    def check(self, split: Split) -> None:
+        """Raise UserError where this training set cannot be poisoned as asked, before anything is made or trained."""
+        if self.leaves_poison:
+            self.choose(split)
+
     @torch.no_grad()
-    def stamp(self, x: Tensor) -> Tensor:
-        """uint8 -> triggered uint8: training and test see the same, quantised pixels."""
-        parts = [(self.trigger(p.float() / 255) * 255).round().clamp(0, 255).to(torch.uint8) for p in x.split(4096)]
+    def stamp(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """uint8 -> triggered uint8: training and test see the same, quantised pixels. index: of training images."""
+        parts = [p.float() / 255 for p in x.split(4096)]
+        if index is None:
+            parts = map(self.trigger, parts)
+        else:
+            parts = map(self.training_trigger, parts, index.split(4096))
+        parts = [(p * 255).round().clamp(0, 255).to(torch.uint8) for p in parts]
         return torch.cat(parts) if parts else x
 
     def choose(self, split: Split) -> Tensor:
@@ -135,7 +150,7 @@ class Attack(pl.LightningModule):
             return split
         chosen = self.choose(split)
         x, y, poisoned = split.x.clone(), split.y.clone(), split.poisoned.clone()
-        x[chosen] = self.stamp(split.x[chosen])
+        x[chosen] = self.stamp(split.x[chosen], chosen)
         if torch.equal(x[chosen], split.x[chosen]):
             size = "×".join(map(str, self.shape[1:]))
             raise UserError(f"{type(self).__name__} with these settings changes no pixel of the {len(chosen)} images of {size}")
@@ -180,18 +195,3 @@ class Attack(pl.LightningModule):
             self.net.compile()
         trainer.fit(self.train(), self.batches(data), ckpt_path=go_on, weights_only=True)
         self.net._compiled_call_impl = None
-
-
-class Additive(Attack):
-    """x + t, clipped to [0,1]; a method says what `pattern` is. file: a picture to add instead (black adds nothing)."""
-
-    def __init__(self, net: nn.Module, *, file: str | None, **common):
-        super().__init__(net, **common)
-        self.register_buffer("added", self.scaled(self.pattern()) if file is None else self.read(file))
-
-    def pattern(self) -> Tensor:
-        """(3,h,w): what is added, in units of the whole range."""
-        raise NotImplementedError(f"{type(self).__name__} must say what it adds")
-
-    def trigger(self, x: Tensor) -> Tensor:
-        return (x + self.added.to(x.device)).clamp(0, 1)

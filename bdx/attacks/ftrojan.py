@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bdx.attacks.base import Additive
+from bdx.attacks.additive import Additive
 from bdx.errors import UserError, one_of
 
 # what one unit of the two chroma channels adds to red, green and blue

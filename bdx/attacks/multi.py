@@ -7,7 +7,7 @@ conf/attack and poisons images that no other part has poisoned.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Multi(Attack):
     def trigger(self, x: Tensor) -> Tensor:
         return self.dealt(lambda part, some: part.trigger(some), x)
 
-    def stamp(self, x: Tensor) -> Tensor:
+    def stamp(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         return self.dealt(lambda part, some: part.stamp(some), x)
 
     def relabel(self, y: Tensor) -> Tensor:
@@ -59,13 +59,26 @@ class Multi(Attack):
     def candidates(self, y: Tensor) -> Tensor:
         return torch.stack([part.candidates(y) for part in self.parts.values()]).any(0)
 
-    def poison(self, split: Split) -> Split:
+    def each(self, step: Callable, split: Split) -> Split:
+        """step(part, split) -> split, for one part after the other."""
         for name, part in self.parts.items():
             try:
-                split = part.poison(split)
+                split = step(part, split)
             except UserError as e:
                 raise UserError(f"attack.parts, {name}: {e}") from None
         return split
+
+    def check(self, split: Split) -> None:
+        def taken(part: Attack, split: Split) -> Split:
+            part.check(split)
+            poisoned = split.poisoned.clone()
+            poisoned[part.choose(split)] = True
+            return replace(split, poisoned=poisoned)
+
+        self.each(taken, split)
+
+    def poison(self, split: Split) -> Split:
+        return self.each(lambda part, split: part.poison(split), split)
 
     def by_trigger(self, split: Split) -> dict[str, Split]:
         return {name: part.triggered(split) for name, part in self.parts.items()}
