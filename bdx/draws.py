@@ -13,7 +13,7 @@ def draws(x: Tensor, count: int, seed: int) -> Tensor:
     """
     g = Generator().manual_seed(seed)
     whole = lambda *shape: torch.randint(-(2**63), 2**63 - 1, shape, generator=g).to(x.device)
-    weights, odd, shift = whole(x[0].numel()), whole(count) | 1, whole(count)
+    weights, odd, shift = whole(x.shape[1:].numel()), whole(count) | 1, whole(count)
     key = torch.cat([((p * 255).round().long().flatten(1) * weights).sum(1) for p in x.split(500)])
     key = (key ^ (key >> 29)) * 0x2545F4914F6CDD1D
     mixed = (key[:, None] ^ (key[:, None] >> 32)) * odd + shift

@@ -15,9 +15,10 @@ from torch import Tensor
 from bdx.archs import base as archs
 from bdx.attacks.base import Attack
 from bdx.build import instantiate
-from bdx.configure import compose, options
+from bdx.configure import CONF, compose, options
 from bdx.datasets import base as datasets
 from bdx.errors import UserError
+from bdx.info import source, target
 from bdx.training import accelerate
 
 VISIBLE = 30.0  # dB of PSNR, a usual mark of what the eye can tell apart; ours
@@ -80,15 +81,17 @@ def triggers(argv: list[str]) -> int:
     net = archs.build(plain["arch"], **plain["dataset"]["normalize"], **about)  # one for all: none is trained
     shown, later, refused, table = {}, [], [], headed()
     for name in options("attack"):
+        declared = source(target(CONF / "attack" / f"{name}.yaml"))[1]
+        if declared.get("trigger_from", "formula") != "formula":
+            later.append(name)
+            continue
         try:
             plain = OmegaConf.to_container(compose([*words, f"attack={name}"]).attack, resolve=True)
             attack = instantiate(plain, net=net, recipe=how, seed=cfg.seed, **about).to(device)
         except UserError as e:
             refused.append(f"{name}: {e}")
             continue
-        if attack.trigger_from != "formula":
-            later.append(name)
-        elif attack.has_trigger:
+        if attack.has_trigger:
             x = data.test.x[:1000]
             shown[name] = picture_of(attack, x[:3])
             table.add_row(name, *cells(attack, looks(x, attack.stamp(x))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from bdx.run import build_defense, check
 from bdx.split import Split, pixels
 from bdx.surgery import mode
 
-DIRTY = [name for name, _, needs, _ in rows("attack") if needs.startswith("dirty label, poisons data")]
+DIRTY = [name for name, _, needs, _ in rows("attack") if needs.startswith("dirty label, poisons data") and name != "lba"]
 
 
 # adversarial training
@@ -138,6 +139,7 @@ def test_an_attack_that_trains_in_a_way_of_its_own_is_refused(digits):
 @pytest.mark.parametrize("name", DIRTY)
 def test_all_to_all_any_target_and_any_ratio(name, digits):
     attack = build_attack(digits, f"attack={name}")
+    attack.cover_ratio = 0.0  # of Adaptive-Blend: its covers keep their labels
     parts = list(getattr(attack, "parts", {"": attack}).values())
     for ratio, labels, target in ((0.001, "all2all", 0), (0.5, "all2all", 0), (0.5, "all2one", 9)):
         for part in parts:
@@ -315,3 +317,64 @@ def test_a_picture_that_is_none_or_of_another_range(kind, text, digits, tmp_path
     for name in ("blended", "trojan_wm"):
         with pytest.raises(UserError, match=text):
             build_attack(digits, f"attack={name}", f"attack.file={path}")
+
+
+# LBA
+
+
+def test_the_pattern_goes_where_the_target_s_features_are(digits):
+    """A net whose feature is the mean of each channel: the patch that makes it that of white images is white."""
+    lba = build_attack(digits, "attack=lba", "attack.steps=200", "attack.side=0.5", "attack.margin=0")
+    assert lba.pattern.shape == (3, 16, 16)
+    black = torch.zeros_like(digits.train.x)
+    x = torch.where((digits.train.y_true == 0).view(-1, 1, 1, 1), 255 - black, black)
+    net = torch.nn.ModuleDict({"mean": torch.nn.AdaptiveAvgPool2d(1)})
+    net.forward = lambda x: net["mean"](x)
+    lba.at = "mean"
+    data = dataclasses.replace(digits, train=dataclasses.replace(digits.train, x=x))
+    made, facts = lba.make(data, net, lambda *_: None)
+    assert made["pattern"].min() > 0.95
+    assert facts["mse"] < facts["mse_at_first"]
+    lba.take(made)
+    stamped = lba.stamp(digits.test.x[:4])
+    assert torch.equal(stamped[:, :, :16], digits.test.x[:4, :, :16])
+    assert torch.equal(stamped[0, :, 16:, 16:], (made["pattern"] * 255).round().to(torch.uint8))
+
+
+@pytest.mark.parametrize(("head", "shape"), [(1, (64,)), (3, (64, 8, 8)), (5, (32, 16, 16))])
+def test_the_layers_of_table_7(head, shape, digits):
+    """T&R's WRN16-1: LBA-14 has the pooled features, LBA-12 the default stem's, LBA-10 those of the second group."""
+    from bdx.run import build_attack
+
+    lba = build_attack(compose(["arch=wrn16_1", "attack=lba", f"attack.head={head}"]), digits)
+    assert lba.features(lba.net, pixels(digits.train.x[:2])).squeeze().shape[1:] == shape
+
+
+def test_the_victim_s_loss_by_hand(digits):
+    lba = build_attack(digits, "attack=lba", "attack.weight=0.5", "attack.target=3")
+    x, y = pixels(digits.train.x[:32]), digits.train.y[:32]
+    batch = SimpleNamespace(x=x, y=y)
+    lba.net.eval()
+    out = lba.training_step(batch, 0)
+    goal = lba.features(lba.net, x[y == 3]).mean(0)
+    latent = (lba.features(lba.net, lba.trigger(x)) - goal).square().mean()
+    assert torch.allclose(out["latent"], latent, rtol=1e-4)
+    assert torch.allclose(out["loss"], F.cross_entropy(lba.net(x), y) + 0.5 * latent, rtol=1e-4)
+    assert lba.training_step(SimpleNamespace(x=x[y != 3], y=y[y != 3]), 0)["latent"] == 0
+    lba.weight = 0.0
+    assert torch.equal(lba.training_step(batch, 0), F.cross_entropy(lba.net(x), y))
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("attack.head=2", r"attack\.head=2: a skip path leads around that layer's input; heads that can be: 1 \(behind"),
+        ("attack.layer=layer9", "no such layer"),
+        ("attack.labels=all2all", "has the features of one class"),
+        ("attack.side=1.0", r"is 32\+1 pixels: images are 32×32"),
+        ("attack.weight=-1.0", r"weight=-1\.0: expected"),
+    ],
+)
+def test_mistakes_in_lba(override, text, digits):
+    with pytest.raises(UserError, match=text):
+        build_attack(digits, "attack=lba", override)
