@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdx.errors import UserError
+from bdx.surgery import batchnorms, unmoved
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,12 @@ def perturb(
         grad = grad.sum(0, keepdim=True) if universal else grad
         delta = project(delta + sign * budget.step_along(grad), radius)
     return (x + delta).clamp(0, 1).detach()
+
+
+def hardened(net: nn.Module, x: Tensor, y: Tensor, budget: Budget | None) -> Tensor:
+    """What adversarial training (Madry et al. 2018) shows the net in place of x: PGD away from y, from δ = 0, with BatchNorm
+    in the mode it has and its statistics still. Without a budget, x itself."""
+    if budget is None:
+        return x
+    with unmoved(batchnorms(net)):
+        return perturb(net, x, y, budget, targeted=False)

@@ -21,6 +21,7 @@ HELP = """bdx: train backdoored image classifiers, repair them, and measure how 
   bdx experiment=demo              a preset: a whole cell in a minute, nothing to download
   bdx -m attack=badnets,blended defense=ft,npd seed=0,1,2                          a grid, by Hydra's multirun
   bdx info [attacks|defenses|datasets|archs|layers]                                what there is
+  bdx info triggers [dataset=NAME] [key=value …]   every trigger on real images: norms, PSNR, SSIM, and a picture of all
   bdx figure NAME [RUN_ID] [key=value …]                                           a paper's figure of a run that is done
   bdx data prepare NAME [key=value …] | bdx data list                              image caches
   bdx … --cfg job                  print the configuration instead of running it
@@ -80,6 +81,10 @@ def dispatch(argv: list[str]) -> int:
         print(f"bdx {__version__}")
         return 0
     if argv[0] == "info":
+        if argv[1:2] == ["triggers"]:
+            from bdx.triggers import triggers
+
+            return triggers(argv[2:])
         from bdx.info import info
 
         return info(argv[1:])
@@ -159,8 +164,8 @@ def multirun(argv: list[str]) -> int:
         from hydra.core.hydra_config import HydraConfig
 
         job = HydraConfig.get()
-        named(cfg, dict(job.runtime.choices), list(job.overrides.task))
         try:
+            named(cfg, dict(job.runtime.choices), list(job.overrides.task))
             done.append((execute(cfg), cfg))
         except Exception as e:
             if not isinstance(e, UserError) and not of_a_file(e):

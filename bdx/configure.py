@@ -201,7 +201,30 @@ def named(cfg: DictConfig, choices: dict, overrides: list[str]) -> DictConfig:
     with open_dict(cfg):
         cfg.names = {g: choices[g] for g in NAMED}
         cfg.asked = asked
+        if "parts" in cfg.attack:
+            cfg.attack.parts = [unfold(part, cfg.attack) for part in cfg.attack.parts]
     return cfg
+
+
+def unfold(part: DictConfig, whole: DictConfig) -> dict:
+    """One part of attack=multi, {attack: NAME, key: value, …}, as the configuration of that attack, to be built later.
+    What all attacks have in common it takes from `whole`, where it says nothing itself; of the ratio, its share.
+    Call inside an initialised Hydra."""
+    shown = f"attack.parts, {show(part)}"
+    if not isinstance(part, DictConfig) or not isinstance(part.get("attack"), str):
+        raise UserError(f"{shown}: expected {{attack: NAME, target: 0, …}}, with any keys of that attack")
+    own = {k: v for k, v in part.items() if k != "attack"}
+    common = {k: v for k, v in whole.items() if k not in ("_target_", "parts")}
+    common["ratio"] /= len(whole.parts)
+    words = [f'attack.{k}="{v}"' if isinstance(v, str) else f"attack.{k}={show(v)}" for k, v in (common | own).items()]
+    try:
+        check(words := [f"attack={part.attack}", *words])
+    except UserError as e:
+        raise UserError(f"{shown}: {e}") from None
+    made = hydra_compose("config", words).attack
+    if "parts" in made:
+        raise UserError(f"{shown}: several in several; expected attacks with one trigger each")
+    return {**OmegaConf.to_container(made, resolve=True), "_partial_": True}
 
 
 def compose(overrides: list[str]) -> DictConfig:

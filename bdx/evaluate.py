@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from torch import Tensor, nn
 
@@ -16,13 +17,14 @@ from bdx.training import predict
 class Seen:
     """What a net makes of the test split. clean (N,): its predictions on clean images, y_true (N,): what they show;
     triggered (M,): on triggered images, wanted (M,): what the attacker asks for, shown (M,): what they show; without a
-    trigger these three are None."""
+    trigger these three are None. parts: where each of several triggers has its images among the M."""
 
     clean: Tensor
     y_true: Tensor
     triggered: Tensor | None = None
     wanted: Tensor | None = None
     shown: Tensor | None = None
+    parts: dict[str, slice] = field(default_factory=dict)
 
 
 def look(net: nn.Module, attack: Attack, test: Split) -> Seen:
@@ -32,17 +34,22 @@ def look(net: nn.Module, attack: Attack, test: Split) -> Seen:
     if not attack.has_trigger:
         return Seen(*clean)
     triggered = attack.to(test.x.device).triggered(test)
-    return Seen(*clean, predict(net, triggered.x), triggered.y, triggered.y_true)
+    sets = attack.by_trigger(test)
+    ends = pairwise(accumulate(map(len, sets.values()), initial=0))
+    parts = {name: slice(*end) for name, end in zip(sets, ends, strict=True)}
+    return Seen(*clean, predict(net, triggered.x), triggered.y, triggered.y_true, parts)
 
 
 def score(seen: Seen) -> dict[str, float | None]:
-    """ACC on all clean images; ASR and RA on the triggered ones.
+    """ACC on all clean images; ASR and RA on the triggered ones, and for each of several triggers: asr_NAME, ra_NAME.
 
     Without a trigger (attack=none) ASR and RA are None: there is nothing to succeed, which is not a success rate of 0.
     """
     scores = {"acc": metrics.acc(seen.clean, seen.y_true), "asr": None, "ra": None}
     if seen.triggered is not None:
-        scores |= {"asr": metrics.asr(seen.triggered, seen.wanted), "ra": metrics.ra(seen.triggered, seen.shown)}
+        for name, part in {"": slice(None), **{f"_{n}": p for n, p in seen.parts.items()}}.items():
+            scores[f"asr{name}"] = metrics.asr(seen.triggered[part], seen.wanted[part])
+            scores[f"ra{name}"] = metrics.ra(seen.triggered[part], seen.shown[part])
     return scores
 
 

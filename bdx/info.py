@@ -18,6 +18,9 @@ KINDS = {
     "archs": "arch",
     "experiments": "experiment",
 }
+DECLARED = (
+    "clean_label", "leaves_poison", "has_trigger", "sample_specific", "trigger_from", "needs", "needs_batchnorm",
+)  # fmt: skip
 
 
 def target(path: Path) -> str | None:
@@ -30,16 +33,19 @@ def target(path: Path) -> str | None:
 
 
 def source(dotted: str | None) -> tuple[str, dict]:
-    """(the paper named in the module's docstring, the constants that its class declares) for a target inside bdx."""
+    """(the paper named in the module's docstring, the constants that its class declares or inherits) for a target in bdx."""
     if not dotted or not dotted.startswith("bdx."):
         return "", {}
     *module, name = dotted.split(".")[1:]
     tree = ast.parse(HERE.joinpath(*module).with_suffix(".py").read_text())
     paper = re.search(r"Source: (.+?)(?:;|\n\n|\.?$)", (ast.get_docstring(tree) or "") + "\n\n", re.DOTALL)
-    classes = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
-    assigned = (s for c in classes for s in c.body if isinstance(s, ast.Assign))
-    declared = {s.targets[0].id: s.value for s in assigned}
-    return " ".join(paper.group(1).split()) if paper else "", {k: constant(v) for k, v in declared.items()}
+    (made,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    homes = {a.name: n.module for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    inherited = {}
+    for parent in (b.id for b in made.bases if isinstance(b, ast.Name)):
+        inherited |= source(f"{homes.get(parent, dotted.rpartition('.')[0])}.{parent}")[1]
+    own = {s.targets[0].id: constant(s.value) for s in made.body if isinstance(s, ast.Assign) and s.targets[0].id in DECLARED}
+    return " ".join(paper.group(1).split()) if paper else "", inherited | own
 
 
 def constant(node: ast.expr):
@@ -54,8 +60,11 @@ def needs(kind: str, declared: dict) -> str:
     if kind == "attack":
         if not declared.get("has_trigger", True):
             return "clean training"
-        poison = "poisons data" if declared.get("leaves_poison", True) else "leaves no poisoned set"
-        return f"{'clean label' if declared.get('clean_label') else 'dirty label'}, {poison}"
+        label = "clean label" if declared.get("clean_label") else "dirty label"
+        poison = "poisons data" if declared.get("leaves_poison", True) else "controls training, leaves no poisoned set"
+        trigger = "sample-specific" if declared.get("sample_specific") else "static"
+        origin = {"formula": "", "made": ", made before poisoning", "trained": ", trained with the victim"}
+        return f"{label}, {poison}, {trigger} trigger{origin[declared.get('trigger_from', 'formula')]}"
     if kind == "defense":
         words = {"clean": "clean images", "train": "the poisoned training set"}
         asked = [words[n] for n in sorted(declared.get("needs", {"clean"}))]
@@ -94,7 +103,7 @@ def info(argv: list[str]) -> int:
     if argv[:1] == ["layers"]:
         return layers(argv[1:])
     if argv and argv[0] not in KINDS:
-        have = [*KINDS, "layers"]
+        have = [*KINDS, "layers", "triggers"]
         raise UserError(f"bdx info {argv[0]}: expected one of {', '.join(have)}{nearest(argv[0], have)}")
     for title in argv[:1] or KINDS:
         found = rows(KINDS[title])

@@ -64,3 +64,14 @@ def of_backdoor(cfg: DictConfig, data_sha256: str) -> dict:
     if recipe["dataset"]["reserved"]["source"] == "train":
         recipe["dataset"] = {k: v for k, v in recipe["dataset"].items() if k != "reserved"}
     return canonical(recipe | {"version": VERSION})
+
+
+def of_asset(cfg: DictConfig, data_sha256: str, shapeless: frozenset[str], surrogate: dict | None) -> dict:
+    """The recipe of what an attack is made of: the training images, the clean net `surrogate` (its recipe), the seed, and
+    the attack's keys but the `shapeless` ones, so that attacks that differ in those alone share it."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    attack = {k: v for k, v in plain["attack"].items() if k not in shapeless}
+    reserved = plain["dataset"]["reserved"]
+    images = {"sha256": data_sha256} | ({"reserved": reserved} if reserved["source"] != "train" else {})
+    about = {"asset": attack, "images": images, "surrogate": surrogate and digest(surrogate)}
+    return canonical(about | {"seed": plain["seed"], "version": VERSION})

@@ -10,12 +10,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
 
-from bdx import files, imagefile, metrics, recipe, results, store
+from bdx import files, imagefile, metrics, recipe, results, store, surgery
 from bdx.archs import base as archs
 from bdx.attacks.base import Attack
+from bdx.attacks.made import Made
 from bdx.build import instantiate
+from bdx.configure import compose
 from bdx.datasets import base as datasets
 from bdx.defenses.base import Defense
 from bdx.errors import UserError
@@ -41,16 +44,21 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
     device, accelerator = accelerate(plain["trainer"]["accelerator"])
     data = datasets.load(plain["dataset"], paths["data"], device=device, seed=cfg.seed)
     attack = build_attack(cfg, data)
+    attack.check(data.train)
     check(build_defense(cfg, attack), attack)
-    data = data.poisoned(attack.poison(data.train))
     for place in ("nets", "results"):  # the store is written to before a training starts, these after it
         files.writable(paths[place], f"paths.{place}, paths.out or BDX_OUT")
     tracker = instantiate(plain["logger"], allowed=("bdx.tracking.",))
     tracker.start(plain, id, folder := paths["nets"] / f"{id}.log")
     report = partial(heard, screen, tracker)
     trainer = partial(make_trainer, accelerator=accelerator, precision=cfg.train.precision, seed=cfg.seed, report=report)
+    stored = store.Store(paths["store"])
     try:
-        backdoor = store.Store(paths["store"]).get_or_make(
+        for one, part in parts(cfg, attack):
+            if isinstance(part, Made) and part.wanting:
+                equip(one, part, data, stored, trainer, screen, report)
+        data = data.poisoned(attack.poison(data.train))
+        backdoor = stored.get_or_make(
             recipe.of_backdoor(cfg, sha256), lambda checkpoint: fit(attack, data, trainer, checkpoint, screen)
         )
         recover(attack, data, backdoor)
@@ -98,6 +106,11 @@ def check(defense: Defense, attack: Attack) -> None:
             f"{type(defense).__name__} works on the poisoned training set, and {type(attack).__name__} leaves none; take "
             "an attack that poisons data (`bdx info attacks`) or a defense that needs clean images alone"
         )
+    if attack.recipe.budget and not (attack.hardens or type(attack).training_step is Attack.training_step):
+        raise UserError(
+            f"train.adversarial.steps={attack.recipe.budget.steps}: {type(attack).__name__} trains the victim in a way of its "
+            "own, which adversarial training does not reach; set it to 0 or take an attack that poisons data"
+        )
     if hasattr(defense, "optimizer") and hasattr(defense, "schedule"):
         try_out("defense", defense)
 
@@ -105,6 +118,42 @@ def check(defense: Defense, attack: Attack) -> None:
 def heard(screen: Screen, tracker, stage: str, epoch: int, epochs: int, means: dict, seconds: float) -> None:
     screen.epoch(stage, epoch, epochs, means, seconds)
     tracker.epoch(stage, epoch, means)
+
+
+def parts(cfg: DictConfig, attack: Attack) -> list[tuple[DictConfig, Attack]]:
+    """(configuration, attack) of each of several in one, as if it were alone; else of the one."""
+    if "parts" not in cfg.attack:
+        return [(cfg, attack)]
+    alone = [OmegaConf.merge(cfg, {}) for _ in cfg.attack.parts]
+    for one, part in zip(alone, cfg.attack.parts, strict=True):
+        one.attack = {k: v for k, v in part.items() if k != "_partial_"}
+    return list(zip(alone, attack.parts.values(), strict=True))
+
+
+def equip(cfg, attack: Made, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen, report) -> None:
+    """Give the attack what it is made of: from the store, or made now, with a clean net where it asks for one."""
+    clean = copy.deepcopy(cfg)
+    with open_dict(clean):
+        clean.attack = compose(["attack=none"]).attack
+    net_recipe = recipe.of_backdoor(clean, data.sha256) if attack.surrogate else None
+
+    def make(_) -> tuple[dict, dict]:
+        net = surrogate(clean, net_recipe, data, stored, trainer, screen) if net_recipe else None
+        torch.manual_seed(cfg.seed)  # whether the surrogate was trained or loaded must not show
+        screen.say(f"making what {type(attack).__name__} is made of")
+        started = time.monotonic()
+        tensors, facts = attack.to(data.train.x.device).make(data, net, report)
+        return tensors, facts | {"seconds": time.monotonic() - started}
+
+    attack.take(stored.get_or_make(recipe.of_asset(cfg, data.sha256, attack.shapeless(), net_recipe), make).tensors)
+
+
+def surrogate(clean: DictConfig, of: dict, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen) -> nn.Module:
+    """The net of `attack=none`, frozen: the very artifact, trained now or found."""
+    screen.say("the attack is made with a clean net: that of attack=none")
+    none = build_attack(clean, data)
+    recover(none, data, stored.get_or_make(of, lambda checkpoint: fit(none, data, trainer, checkpoint, screen)))
+    return surgery.freeze(none.net)
 
 
 def fit(attack: Attack, data: datasets.ImageData, trainer, checkpoint: Path, screen: Screen) -> tuple[dict, dict]:

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from bdx.adversarial import Budget
 from bdx.augment import augmentation
 from bdx.errors import UserError
 from bdx.split import pixels
@@ -35,6 +36,7 @@ class Recipe:
 
     optimizer(params) and schedule(optimizer[, total_steps]) are partials; `every` is what the schedule counts.
     sam_rho: 0, or the radius of sharpness-aware minimisation, adaptive or plain (D3 Table 5's attacker).
+    adversarial: steps (0: off), norm, radius, step, along: the PGD of adversarial training (NPD Table 7's attacker).
     """
 
     epochs: int
@@ -49,6 +51,7 @@ class Recipe:
     compile: bool
     sam_rho: float
     sam_adaptive: bool
+    adversarial: dict
 
     def __post_init__(self):
         at_least_one("train", epochs=self.epochs, batch=self.batch)
@@ -58,8 +61,19 @@ class Recipe:
             raise UserError(f"train.label_smoothing={self.label_smoothing}: expected 0 up to, but not, 1")
         if self.sam_rho < 0 or (self.sam_rho and self.precision == "16-mixed"):
             raise UserError(f"train.sam_rho={self.sam_rho}: expected 0 or more, and bf16-mixed or 32-true above 0")
+        if (steps := self.adversarial["steps"]) and self.precision == "16-mixed":
+            raise UserError(f"train.adversarial.steps={steps}: expected bf16-mixed or 32-true above 0")
+        try:
+            self.budget  # noqa: B018
+        except UserError as e:
+            raise UserError(f"train.adversarial: {e}") from None
         augmentation("train.augment", self.augment)
         try_out("train", self)
+
+    @property
+    def budget(self) -> Budget | None:
+        """Of adversarial training, or None without it."""
+        return Budget(**self.adversarial, stop=None) if self.adversarial["steps"] else None
 
 
 def at_least_one(group: str, **values: int) -> None:

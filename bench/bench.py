@@ -84,6 +84,16 @@ def bench_stamp(place: Place) -> Iterator[Figure]:
             yield Figure(f"stamp: {name}", min(seconds) * CIFAR / len(data.train), "s", 1 if place.gpu else 10, less=True)
 
 
+def bench_adversarial(place: Place) -> Iterator[Figure]:
+    """Adversarial training of the victim against plain training: a PGD step is a pass forward and the pixels' gradient."""
+    data, pgd = place.images(128 * (steps := place.pick(1, 2, 20))), 2
+    width = f"arch.width={16 if place.quick else 64}"
+    asked = ["attack=badnets", width, "train.epochs=1", "train.batch=128"]
+    plain, hard = (place.attack(data, *asked, f"train.adversarial.steps={n}") for n in (0, pgd))
+    ours, least = place.race(place.pick(1, 3, 5), lambda: hard.fit(data, place.trainer), lambda: plain.fit(data, place.trainer))
+    yield versus(f"adversarial: {pgd} PGD steps over none", ours, least, steps, aim=1 + pgd, less=True)
+
+
 def bench_card(place: Place) -> Iterator[Figure]:
     """Training's share of the GPU's own matmul rate; a step counts as three forward passes."""
     side, steps = 8192, place.pick(3, 30, 30)

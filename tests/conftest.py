@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -53,11 +54,29 @@ def load_digits(root: Path, *overrides: str):
     return load(cfg, root / "data", device=torch.device("cpu"), seed=0)
 
 
+BRIEF = {
+    "trojan": ["steps=3"],
+    "lba": ["steps=2", "batch=8", "images=32"],
+    "lf": ["passes=2", "images=20", "iterations=2"],
+    "lc": ["steps=2"],
+    "narcissus": ["rounds=1", "batch=32", "lr=0.1"],
+    "ssba": ["steps=3", "width=2", "batch=8"],
+}  # how little of a trigger's making is enough where its strength does not matter
+
+
 def build_attack(digits, *overrides: str):
-    """An attack with an untrained thin net on digits."""
+    """An attack with an untrained thin net on digits, equipped with what such a net gives."""
+    from bdx.attacks.made import Made
     from bdx.run import build_attack
 
-    return build_attack(compose([*TINY, *overrides]), digits)
+    name = next((o.partition("=")[2] for o in overrides if o.startswith("attack=")), "badnets")
+    brief = [f"attack.{key}" for key in BRIEF.get(name, [])]
+    attack = build_attack(compose([*TINY, *brief, *overrides]), digits)
+    if isinstance(attack, Made) and attack.wanting:
+        attack.check(digits.train)
+        net = copy.deepcopy(attack.net).eval().requires_grad_(False) if attack.surrogate else None
+        attack.take(attack.make(digits, net, lambda *_: None)[0])
+    return attack
 
 
 @pytest.fixture

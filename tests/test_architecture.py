@@ -18,14 +18,14 @@ from bdx.configure import compose, summary
 PACKAGE = ROOT / "bdx"
 FLOORS = (
     {
-        "errors", "files", "split", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery", "places",
-        "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
+        "errors", "files", "split", "picture", "draws", "augment", "metrics", "polarizers", "conditioned", "decoder",
+        "surgery", "places", "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
     },
     {"datasets", "archs", "training"},
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen"},
     {"run", "info", "tables", "figures", "report"},
-    {"sweep", "engines"},
+    {"sweep", "engines", "triggers"},
     {"cli"},
 )  # fmt: skip
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
@@ -80,6 +80,8 @@ def floor_zero(own: str, other: str) -> bool:
         "errors",
         "files",
         "split",
+        "picture",
+        "draws",
         "augment",
         "metrics",
         "polarizers",

@@ -25,7 +25,7 @@ class BadNets(Attack):
         super().__init__(net, **common)
         _, h, w = self.shape
         side, gap = round(patch * h / 32), round(margin * h / 32)
-        if not 0 < side + gap <= min(h, w):
+        if side < 1 or gap < 0 or side + gap > min(h, w):
             raise UserError(f"attack.patch={patch} with margin={margin} is {side}+{gap} pixels: images are {h}×{w}")
         if not 0 <= value <= 1:
             raise UserError(f"attack.value={value}: expected a pixel value between 0 and 1")

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from bdx.adversarial import hardened
 from bdx.datasets.base import Augment, Batches, ImageData
 from bdx.errors import UserError
+from bdx.picture import picture
 from bdx.split import Split
 from bdx.training import Recipe, optimizers, sharpness_aware
 
@@ -30,12 +32,17 @@ class Attack(pl.LightningModule):
     seed            draws the poisoned images and made patterns
 
     Class attributes declare: clean_label (images of the target class only, labels kept), leaves_poison (False: the
-    attacker controls training, no poisoned set exists), has_trigger (False for attack=none).
+    attacker controls training, no poisoned set exists), has_trigger (False for attack=none), sample_specific (what the
+    trigger does to a pixel depends on other pixels, or not linearly on its value), trigger_from (formula; made before
+    poisoning; or trained with the victim), hardens (a training_step of its own goes through `loss`).
     """
 
     clean_label = False
     leaves_poison = True
     has_trigger = True
+    sample_specific = False
+    trigger_from = "formula"
+    hardens = False
 
     def __init__(
         self, net: nn.Module, *, shape: tuple[int, int, int], num_classes: int, recipe: Recipe, seed: int,
@@ -66,6 +73,11 @@ class Attack(pl.LightningModule):
         """x (N,C,H,W) float in [0,1] -> the same with the trigger."""
         raise NotImplementedError(f"{type(self).__name__} must say what its trigger does")
 
+    def training_trigger(self, x: Tensor, index: Tensor) -> Tensor:
+        """What the poisoned training images x (N,C,H,W) get, which stand at `index` (N,) in the training set: the same as
+        at test time, unless a method poisons in its own way."""
+        return self.trigger(x)
+
     def relabel(self, y: Tensor) -> Tensor:
         """The class that a triggered image of true class y (N,) shall get."""
         return (y + 1) % self.num_classes if self.labels == "all2all" else torch.full_like(y, self.target)
@@ -79,7 +91,12 @@ class Attack(pl.LightningModule):
         return y != self.target
 
     def training_step(self, batch, _):
-        return F.cross_entropy(self.net(batch.x), batch.y, label_smoothing=self.recipe.label_smoothing)
+        return self.loss(batch.x, batch.y)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """The victim's cross entropy, on adversarial images where train.adversarial asks for them."""
+        x = hardened(self.net, x, y, self.recipe.budget)
+        return F.cross_entropy(self.net(x), y, label_smoothing=self.recipe.label_smoothing)
 
     # pictures for triggers
 
@@ -90,28 +107,31 @@ class Attack(pl.LightningModule):
 
     def read(self, file: str) -> Tensor:
         """A picture of the user's, resized smoothly, as (C,H,W) in [0,1]."""
-        import numpy as np
-        from PIL import Image
-
-        try:
-            with Image.open(file) as image:
-                small = image.convert("RGB").resize(self.shape[:0:-1], Image.Resampling.BILINEAR)
-        except OSError as e:
-            raise UserError(f"attack.file={file} is not an image: {e}") from None
-        return self.scaled(torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255)
+        return self.scaled(picture(file, self.shape[1:]))
 
     # what follows from it
 
+    def check(self, split: Split) -> None:
+        """Raise UserError where this training set cannot be poisoned as asked, before anything is made or trained."""
+        if self.leaves_poison:
+            self.choose(split)
+
     @torch.no_grad()
-    def stamp(self, x: Tensor) -> Tensor:
-        """uint8 -> triggered uint8: training and test see the same, quantised pixels."""
-        parts = [(self.trigger(p.float() / 255) * 255).round().clamp(0, 255).to(torch.uint8) for p in x.split(4096)]
+    def stamp(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """uint8 -> triggered uint8: training and test see the same, quantised pixels. index: of training images."""
+        parts = [p.float() / 255 for p in x.split(4096)]
+        if index is None:
+            parts = map(self.trigger, parts)
+        else:
+            parts = map(self.training_trigger, parts, index.split(4096))
+        parts = [(p * 255).round().clamp(0, 255).to(torch.uint8) for p in parts]
         return torch.cat(parts) if parts else x
 
     def choose(self, split: Split) -> Tensor:
         """Indices (k,), sorted, of the images to poison. Raises UserError where there are fewer than asked for."""
-        may = self.candidates(split.y_true).cpu().nonzero().flatten()
-        of = len(split) if self.ratio_of == "train" else len(may)
+        may = self.candidates(split.y_true).cpu()
+        of = len(split) if self.ratio_of == "train" else int(may.sum())
+        may = (may & ~split.poisoned.cpu()).nonzero().flatten()  # another trigger may have been there first (multi)
         k = round(self.ratio * of)
         if not 0 < k <= len(may):
             which = f"of class {self.target}" if self.clean_label else "that may be poisoned"
@@ -130,7 +150,10 @@ class Attack(pl.LightningModule):
             return split
         chosen = self.choose(split)
         x, y, poisoned = split.x.clone(), split.y.clone(), split.poisoned.clone()
-        x[chosen] = self.stamp(split.x[chosen])
+        x[chosen] = self.stamp(split.x[chosen], chosen)
+        if torch.equal(x[chosen], split.x[chosen]):
+            size = "×".join(map(str, self.shape[1:]))
+            raise UserError(f"{type(self).__name__} with these settings changes no pixel of the {len(chosen)} images of {size}")
         poisoned[chosen] = True
         if not self.clean_label:
             y[chosen] = self.relabel(split.y_true[chosen])
@@ -141,6 +164,10 @@ class Attack(pl.LightningModule):
         wanted = self.relabel(split.y_true)
         some = split[wanted != split.y_true]
         return replace(some, x=self.stamp(some.x), y=self.relabel(some.y_true), poisoned=torch.ones_like(some.poisoned))
+
+    def by_trigger(self, split: Split) -> dict[str, Split]:
+        """The ASR test set of each trigger by its name, where there are several; `triggered` is all of them."""
+        return {}
 
     # how the victim is trained
 
@@ -168,18 +195,3 @@ class Attack(pl.LightningModule):
             self.net.compile()
         trainer.fit(self.train(), self.batches(data), ckpt_path=go_on, weights_only=True)
         self.net._compiled_call_impl = None
-
-
-class Additive(Attack):
-    """x + t, clipped to [0,1]; a method says what `pattern` is. file: a picture to add instead (black adds nothing)."""
-
-    def __init__(self, net: nn.Module, *, file: str | None, **common):
-        super().__init__(net, **common)
-        self.register_buffer("added", self.scaled(self.pattern()) if file is None else self.read(file))
-
-    def pattern(self) -> Tensor:
-        """(3,h,w): what is added, in units of the whole range."""
-        raise NotImplementedError(f"{type(self).__name__} must say what it adds")
-
-    def trigger(self, x: Tensor) -> Tensor:
-        return (x + self.added.to(x.device)).clamp(0, 1)

@@ -15,6 +15,8 @@ from bdx.errors import UserError
 class Bpp(Attack):
     """levels: values that a channel may take."""
 
+    sample_specific = True
+
     def __init__(self, net, *, levels: int, **common):
         super().__init__(net, **common)
         if not 2 <= levels <= 128:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bdx.attacks.base import Additive
+from bdx.attacks.additive import Additive
 from bdx.errors import UserError, one_of
 
 # what one unit of the two chroma channels adds to red, green and blue
@@ -27,7 +27,7 @@ class FTrojan(Additive):
 
     def __init__(self, net, *, magnitude: float, positions: list, colours: str, **common):
         one_of("attack.colours", colours, COLOURS)
-        if any(not 0 <= p < 32 for p in positions):
+        if not positions or any(not 0 <= p < 32 for p in positions):
             raise UserError(f"attack.positions={positions}: expected coefficients from 0 to 31")
         self.magnitude, self.positions, self.colours = magnitude, positions, colours
         super().__init__(net, **common)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from bdx.attacks.base import Additive
+from bdx.attacks.additive import Additive
+from bdx.errors import UserError
 
 
 class L2Invisible(Additive):
     """pattern_seed: draws the noise. mean, deviation, most: of the values, in grey levels of 255."""
 
     def __init__(self, net, *, pattern_seed: int, mean: float, deviation: float, most: float, **common):
+        if deviation < 0 or not 0 < most <= 255:
+            raise UserError(f"attack.deviation={deviation}, most={most}: expected 0 or more, and above 0 up to 255")
         self.pattern_seed, self.mean, self.deviation, self.most = pattern_seed, mean, deviation, most
         super().__init__(net, **common)
 

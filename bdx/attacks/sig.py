@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bdx.attacks.base import Attack
+from bdx.errors import UserError
 
 
 class SIG(Attack):
@@ -19,6 +20,8 @@ class SIG(Attack):
 
     def __init__(self, net, *, delta: float, frequency: float, **common):
         super().__init__(net, **common)
+        if not 0 < delta <= 255 or frequency <= 0:
+            raise UserError(f"attack.delta={delta}, frequency={frequency}: expected above 0 up to 255, and above 0")
         column = torch.arange(self.shape[2])
         self.register_buffer("wave", delta / 255 * torch.sin(2 * torch.pi * column * frequency / self.shape[2]))
 

@@ -10,14 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bdx.attacks.base import Additive
+from bdx.attacks.additive import Additive
+from bdx.errors import UserError
 
 
 class Smooth(Additive):
     """gaussians: (A, x₀, y₀, σ_x, σ_y, c) for red, green and blue, in grey levels and pixels of a 32×32 image.
     stretch: whether each image is rescaled to 0 … 1 over all pixels and channels afterwards."""
 
+    sample_specific = True
+
     def __init__(self, net, *, gaussians: list, stretch: bool, **common):
+        if [len(g) for g in gaussians if isinstance(g, list)] != [6, 6, 6] or any(0 in g[3:5] for g in gaussians):
+            raise UserError(f"attack.gaussians={gaussians}: expected [A,x0,y0,sx,sy,c] for red, green, blue, sx and sy not 0")
         self.gaussians, self.stretch = gaussians, stretch
         super().__init__(net, **common)
 

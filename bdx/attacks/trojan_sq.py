@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from bdx.attacks.base import Additive
+from bdx.attacks.additive import Additive
 from bdx.errors import UserError
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from bdx.attacks.base import Additive
+from bdx.attacks.additive import Additive
+from bdx.errors import UserError
 
 
 class TrojanWM(Additive):
     """radius: of the ring at 32×32. pattern_seed: draws the colours."""
 
     def __init__(self, net, *, radius: float, pattern_seed: int, **common):
+        if radius <= 0:
+            raise UserError(f"attack.radius={radius}: expected a radius above 0, in pixels of a 32×32 image")
         self.radius, self.pattern_seed = radius, pattern_seed
         super().__init__(net, **common)
 
