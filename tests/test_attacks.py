@@ -14,7 +14,7 @@ from bdx.errors import UserError
 
 ATTACKS = names("attack")
 # SIG poisons images of one class only, and a tenth of digits is more than one class has
-SMALL = {"sig": ["attack.ratio=0.05"], "sig_wrapped": ["attack.ratio=0.05"]}
+SMALL = {"sig": ["attack.ratio=0.05"], "sig_wrapped": ["attack.ratio=0.05"], "input_aware": ["attack.widths=[8,8]"]}
 
 
 @pytest.fixture(scope="module")

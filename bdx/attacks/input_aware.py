@@ -109,7 +109,7 @@ class InputAware(Joint, Controlled):
         channels, h, w = self.shape
         if not widths or h % 2 ** len(widths) or w % 2 ** len(widths):
             raise UserError(f"attack.widths={widths}: images of {h}×{w} cannot be halved {len(widths)} times, or not once")
-        self.lambda_div, self.mask = lambda_div, mask
+        self.lambda_div, self.mask, self.gradients = lambda_div, mask, None
         self.maker = Painter(channels, channels, widths, self.code)
         self.masker = Painter(channels, 1, widths, self.code)
 
@@ -162,7 +162,10 @@ class InputAware(Joint, Controlled):
             checkpoint["gradients"] = [p.grad for p in self.maker.parameters()]
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        for p, grad in zip(self.maker.parameters(), checkpoint.get("gradients", []), strict=False):
+        self.gradients = checkpoint.get("gradients")
+
+    def on_train_start(self) -> None:
+        for p, grad in zip(self.maker.parameters(), self.gradients or [], strict=False):
             p.grad = grad if grad is None else grad.to(p.device)
 
     def fit(self, data: ImageData, make_trainer: Callable, checkpoint=None) -> None:
