@@ -1,0 +1,22 @@
+"""BppAttack with control of training: beside quantised images stand negatives, which carry another image's rounding.
+
+Source: Wang et al. 2022, BppAttack, CVPR, arXiv 2205.13383; q = 8 levels, without dithering (BackdoorBench's setting; the
+paper dithers with 5 levels). Negatives: x + (x'_j − x_j), of another image j of the same batch, with the right label: the
+net must heed the quantisation, and not the noise that it leaves. The originals' constant learning rate is
+train.schedule=null; their other augmentation is dataset.augment.rotate=10.0.
+"""
+
+from __future__ import annotations
+
+from torch import Generator, Tensor
+
+from bdx.attacks.bpp import Bpp
+from bdx.attacks.controlled import Controlled
+
+
+class BppControlled(Controlled, Bpp):
+    leaves_poison = False
+
+    def cross(self, x: Tensor, rows: Tensor, g: Generator) -> Tensor:
+        other = x[(rows + 1) % len(x)]  # batches are shuffled, the next image is any other
+        return (x[rows].short() + self.stamp(other).short() - other.short()).clamp(0, 255).to(x.dtype)
