@@ -54,6 +54,11 @@ def of_run(cfg: DictConfig, data_sha256: str) -> dict:
     return canonical(recipe | {"dataset": identified(plain["dataset"], data_sha256), "version": VERSION})
 
 
+def of_detection(cfg: DictConfig, data_sha256: str) -> dict:
+    """The recipe of one detection: backdoor, reserved images and detector; the defense of the configuration has no part."""
+    return {k: v for k, v in of_run(cfg, data_sha256).items() if k != "defense"}
+
+
 def of_backdoor(cfg: DictConfig, data_sha256: str) -> dict:
     """The recipe of the backdoored weights, shared by every defense of a row.
 

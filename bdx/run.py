@@ -34,6 +34,8 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
     plain = OmegaConf.to_container(cfg, resolve=True)
     paths = {k: Path(v).expanduser() for k, v in plain["paths"].items()}
     sha256 = imagefile.header(datasets.cache_path(plain["dataset"], paths["data"]))["sha256"]
+    if "detector" in cfg:
+        raise UserError("detector=…: a repair takes none; `bdx detect detector=… attack=…` looks for poisoned images")
     id = recipe.digest(recipe.of_run(cfg, sha256))
     if row := results.find(paths["results"], id):
         screen.say(results.DONE)
@@ -50,10 +52,7 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
     report = partial(heard, screen, tracker)
     trainer = partial(make_trainer, accelerator=accelerator, precision=cfg.train.precision, seed=cfg.seed, report=report)
     try:
-        backdoor = store.Store(paths["store"]).get_or_make(
-            recipe.of_backdoor(cfg, sha256), lambda checkpoint: fit(attack, data, trainer, checkpoint, screen)
-        )
-        recover(attack, data, backdoor)
+        backdoor = backdoored(cfg, attack, data, trainer, screen)
         before = look(attack.net, attack, data.test)
         torch.manual_seed(cfg.seed)  # whether the backdoor was trained or loaded must not show in what follows
         defense = build_defense(cfg, attack)
@@ -105,6 +104,15 @@ def check(defense: Defense, attack: Attack) -> None:
 def heard(screen: Screen, tracker, stage: str, epoch: int, epochs: int, means: dict, seconds: float) -> None:
     screen.epoch(stage, epoch, epochs, means, seconds)
     tracker.epoch(stage, epoch, means)
+
+
+def backdoored(cfg: DictConfig, attack: Attack, data: datasets.ImageData, trainer, screen: Screen) -> store.Artifact:
+    """Give `attack` its weights: trained now, or loaded from the store."""
+    backdoor = store.Store(Path(cfg.paths.store).expanduser()).get_or_make(
+        recipe.of_backdoor(cfg, data.sha256), lambda checkpoint: fit(attack, data, trainer, checkpoint, screen)
+    )
+    recover(attack, data, backdoor)
+    return backdoor
 
 
 def fit(attack: Attack, data: datasets.ImageData, trainer, checkpoint: Path, screen: Screen) -> tuple[dict, dict]:
