@@ -106,9 +106,8 @@ class Spectre(Detector):
             return None
         along = (((y @ v) * y).sum(1) - v.trace()) / math.sqrt(2)
         away = (along - along.quantile(0.5)).abs()
-        order = away.sort().values
-        t = order - 3
-        share = 1 - torch.arange(n).to(t) / n  # of the images that lie at least so far away
+        t = away.sort().values - 3
+        share = torch.arange(1, n + 1).to(t) / n  # so in the released code: the farthest are taken where none is very far
         tail = torch.where(t > 10 * math.log(1 / e), 3 * e / (t * t.clamp_min(2).log()).square(), torch.ones_like(t))
         beyond = ((t > 0) & (share >= tail)).nonzero()
         return ~((away > t[beyond[0]]) & largest(away, left)) if len(beyond) else None
