@@ -20,9 +20,10 @@ HELP = """bdx: train backdoored image classifiers, repair them, and measure how 
   bdx attack=NAME defense=NAME [dataset=NAME arch=NAME train=NAME] [key=value …]   one cell of a table
   bdx experiment=demo              a preset: a whole cell in a minute, nothing to download
   bdx -m attack=badnets,blended defense=ft,npd seed=0,1,2                          a grid, by Hydra's multirun
-  bdx info [attacks|defenses|datasets|archs|layers]                                what there is
+  bdx info [attacks|defenses|detectors|datasets|archs|layers]                      what there is
   bdx info triggers [dataset=NAME] [key=value …]   every trigger on real images: norms, PSNR, SSIM, and a picture of all
   bdx figure NAME [RUN_ID] [key=value …]                                           a paper's figure of a run that is done
+  bdx detect detector=NAME attack=NAME [key=value …]                               which images carry a trigger?
   bdx data prepare NAME [key=value …] | bdx data list                              image caches
   bdx … --cfg job                  print the configuration instead of running it
   eval "$(bdx -sc install=bash)"   tab completion
@@ -90,6 +91,10 @@ def dispatch(argv: list[str]) -> int:
         return info(argv[1:])
     if argv[0] == "data":
         return data(argv[1:])
+    if argv[0] == "detect":
+        from bdx.detect import command
+
+        return command(argv[1:])
     if argv[0] == "figure":
         from bdx.figures import figure
 
@@ -105,7 +110,7 @@ def dispatch(argv: list[str]) -> int:
         compose(words)  # Hydra would answer a mistake at length
         return hydra_main([*words, *(a for a in argv if not is_word(a))], lambda cfg: None)  # in one piece, as it wants
     if unknown := [a for a in argv if not is_word(a)]:
-        near = nearest(unknown[0], ["info", "data", "figure", "help"])
+        near = nearest(unknown[0], ["info", "data", "figure", "detect", "help"])
         raise UserError(f"{unknown[0]}: neither a command{near} nor key=value; `bdx --help` shows what there is")
     return single(argv)
 

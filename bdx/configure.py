@@ -199,7 +199,7 @@ def named(cfg: DictConfig, choices: dict, overrides: list[str]) -> DictConfig:
     values = {o.key_or_group: o.value() for o in parse(overrides) if not o.is_sweep_override()}
     asked = {k: v for k, v in values.items() if k not in groups() and not k.startswith(("hydra", "paths", "trainer", "logger"))}
     with open_dict(cfg):
-        cfg.names = {g: choices[g] for g in NAMED}
+        cfg.names = {g: choices[g] for g in (*NAMED, "detector") if choices.get(g)}
         cfg.asked = asked
         if "parts" in cfg.attack:
             cfg.attack.parts = [unfold(part, cfg.attack) for part in cfg.attack.parts]

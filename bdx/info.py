@@ -14,6 +14,7 @@ from bdx.errors import UserError, nearest
 KINDS = {
     "attacks": "attack",
     "defenses": "defense",
+    "detectors": "detector",
     "datasets": "dataset",
     "archs": "arch",
     "experiments": "experiment",
@@ -23,13 +24,13 @@ DECLARED = (
 )  # fmt: skip
 
 
-def target(path: Path) -> str | None:
-    """The `_target_` of a YAML file, or of the file that it starts from."""
+def value(path: Path, key: str):
+    """`key` of a YAML file, or of the file that it starts from; None where it is in neither."""
     node = OmegaConf.load(path)
-    if "_target_" in node:
-        return node._target_
+    if key in node:
+        return node[key]
     first = next((d for d in node.get("defaults", []) if isinstance(d, str) and d != "_self_"), None)
-    return target(path.parent / f"{first}.yaml") if first else None
+    return value(path.parent / f"{first}.yaml", key) if first else None
 
 
 def source(dotted: str | None) -> tuple[str, dict]:
@@ -69,16 +70,29 @@ def needs(kind: str, declared: dict) -> str:
         words = {"clean": "clean images", "train": "the poisoned training set"}
         asked = [words[n] for n in sorted(declared.get("needs", {"clean"}))]
         return "needs " + (", ".join(asked + ["BatchNorm"] * bool(declared.get("needs_batchnorm"))) or "nothing")
+    if kind == "detector":
+        words = {"train": "the poisoned training set", "test": "test inputs"}
+        judges = " or ".join(words[j] for j in declared.get("judges", ("train",)))
+        return f"judges {judges}" + (", needs clean images" if declared.get("needs") else "")
     return ""
 
 
-def rows(kind: str) -> list[tuple[str, str, str, str]]:
-    """(name, what it is, what it needs, paper) for each choice of the group `kind`."""
+def effort(path: Path, declared: dict) -> str:
+    """What a defense trains, and what that costs, for how many epochs by default."""
+    epochs = value(path, "epochs")
+    known = {"trains ": declared.get("trains"), "costs ": declared.get("cost"), "epochs: ": epochs}
+    return "; ".join(f"{word}{said}" for word, said in known.items() if said is not None)
+
+
+def rows(kind: str) -> list[tuple[str, str, str, str, str]]:
+    """(name, what it is, what it needs, what it trains and costs, paper) for each choice of the group `kind`."""
     found = []
     for name in options(kind):
         path = CONF / kind / f"{name}.yaml"
-        paper, declared = source(target(path)) if kind in ("attack", "defense") else ("", {})
-        found.append((name, summary(path).removeprefix(f"{name}: "), needs(kind, declared), paper))
+        method = kind in ("attack", "defense", "detector")
+        paper, declared = source(value(path, "_target_")) if method else ("", {})
+        said = needs(kind, declared), effort(path, declared) if kind == "defense" else ""
+        found.append((name, summary(path).removeprefix(f"{name}: "), *said, paper))
     return found
 
 

@@ -54,6 +54,13 @@ def of_run(cfg: DictConfig, data_sha256: str) -> dict:
     return canonical(recipe | {"dataset": identified(plain["dataset"], data_sha256), "version": VERSION})
 
 
+def of_detection(cfg: DictConfig, data_sha256: str) -> dict:
+    """The recipe of one detection: backdoor, reserved images and detector; the defense of the configuration has no part."""
+    recipe = of_run(cfg, data_sha256)
+    drop = lambda node: {k: v for k, v in node.items() if k != "defense"}
+    return drop(recipe) | ({"names": drop(recipe["names"])} if "names" in recipe else {})
+
+
 def of_backdoor(cfg: DictConfig, data_sha256: str) -> dict:
     """The recipe of the backdoored weights, shared by every defense of a row.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -34,12 +35,16 @@ def find(folder: Path | str, id: str) -> dict | None:
 
 def finished(cfg: DictConfig) -> dict | None:
     """The row of this configuration, or None; needs no torch where the image cache exists."""
-    folder = Path(cfg.paths.results).expanduser()
+    return known(cfg, Path(cfg.paths.results).expanduser(), recipe.of_run)
+
+
+def known(cfg: DictConfig, folder: Path, of: Callable) -> dict | None:
+    """The row in `folder` of what `of(cfg, sha256 of the data)` is the recipe, or None."""
     if not any(folder.glob("*.json")):  # no cache is made or downloaded only to learn that
         return None
     source = instantiate(OmegaConf.to_container(cfg.dataset.source, resolve=True))
     sha256 = imagefile.header(source(Path(cfg.paths.data).expanduser()))["sha256"]
-    return find(folder, recipe.digest(recipe.of_run(cfg, sha256)))
+    return find(folder, recipe.digest(of(cfg, sha256)))
 
 
 def write(folder: Path | str, row: dict) -> dict:

@@ -10,22 +10,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
-from torch import nn
+from omegaconf import DictConfig, OmegaConf
 
-from bdx import files, imagefile, metrics, recipe, results, store, surgery
+from bdx import files, imagefile, metrics, recipe, results, store
 from bdx.archs import base as archs
 from bdx.attacks.base import Attack
-from bdx.attacks.made import Made
+from bdx.backdoor import backdoored, build_attack
 from bdx.build import instantiate
-from bdx.configure import compose
 from bdx.datasets import base as datasets
 from bdx.defenses.base import Defense
 from bdx.errors import UserError
 from bdx.evaluate import Seen, flagged, look, score
 from bdx.screen import Screen
 from bdx.tracking import draw_rows, draw_trigger
-from bdx.training import Recipe, accelerate, make_trainer, try_out
+from bdx.training import accelerate, make_trainer, try_out
 
 
 def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
@@ -37,6 +35,8 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
     plain = OmegaConf.to_container(cfg, resolve=True)
     paths = {k: Path(v).expanduser() for k, v in plain["paths"].items()}
     sha256 = imagefile.header(datasets.cache_path(plain["dataset"], paths["data"]))["sha256"]
+    if "detector" in cfg:
+        raise UserError("detector=…: a repair takes none; `bdx detect detector=… attack=…` looks for poisoned images")
     id = recipe.digest(recipe.of_run(cfg, sha256))
     if row := results.find(paths["results"], id):
         screen.say(results.DONE)
@@ -52,16 +52,8 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
     tracker.start(plain, id, folder := paths["nets"] / f"{id}.log")
     report = partial(heard, screen, tracker)
     trainer = partial(make_trainer, accelerator=accelerator, precision=cfg.train.precision, seed=cfg.seed, report=report)
-    stored = store.Store(paths["store"])
     try:
-        for one, part in parts(cfg, attack):
-            if isinstance(part, Made) and part.wanting:
-                equip(one, part, data, stored, trainer, screen, report)
-        data = data.poisoned(attack.poison(data.train))
-        backdoor = stored.get_or_make(
-            recipe.of_backdoor(cfg, sha256), lambda checkpoint: fit(attack, data, trainer, checkpoint, screen)
-        )
-        recover(attack, data, backdoor)
+        data, backdoor = backdoored(cfg, attack, data, store.Store(paths["store"]), trainer, screen)
         before = look(attack.net, attack, data.test)
         torch.manual_seed(cfg.seed)  # whether the backdoor was trained or loaded must not show in what follows
         defense = build_defense(cfg, attack)
@@ -84,15 +76,6 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
         raise
     finally:
         screen.close()
-
-
-def build_attack(cfg: DictConfig, data: datasets.ImageData) -> Attack:
-    plain = OmegaConf.to_container(cfg, resolve=True)
-    torch.manual_seed(cfg.seed)
-    about = {"num_classes": data.num_classes, "shape": data.shape}
-    net = archs.build(plain["arch"], **plain["dataset"]["normalize"], **about)
-    how: Recipe = instantiate(plain["train"])
-    return instantiate(plain["attack"], net=net, recipe=how, seed=cfg.seed, **about)
 
 
 def build_defense(cfg: DictConfig, attack: Attack) -> Defense:
@@ -120,53 +103,6 @@ def heard(screen: Screen, tracker, stage: str, epoch: int, epochs: int, means: d
     tracker.epoch(stage, epoch, means)
 
 
-def parts(cfg: DictConfig, attack: Attack) -> list[tuple[DictConfig, Attack]]:
-    """(configuration, attack) of each of several in one, as if it were alone; else of the one."""
-    if "parts" not in cfg.attack:
-        return [(cfg, attack)]
-    alone = [OmegaConf.merge(cfg, {}) for _ in cfg.attack.parts]
-    for one, part in zip(alone, cfg.attack.parts, strict=True):
-        one.attack = {k: v for k, v in part.items() if k != "_partial_"}
-    return list(zip(alone, attack.parts.values(), strict=True))
-
-
-def equip(cfg, attack: Made, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen, report) -> None:
-    """Give the attack what it is made of: from the store, or made now, with a clean net where it asks for one."""
-    clean = copy.deepcopy(cfg)
-    with open_dict(clean):
-        clean.attack = compose(["attack=none"]).attack
-    net_recipe = recipe.of_backdoor(clean, data.sha256) if attack.surrogate else None
-
-    def make(_) -> tuple[dict, dict]:
-        net = surrogate(clean, net_recipe, data, stored, trainer, screen) if net_recipe else None
-        torch.manual_seed(cfg.seed)  # whether the surrogate was trained or loaded must not show
-        screen.say(f"making what {type(attack).__name__} is made of")
-        started = time.monotonic()
-        tensors, facts = attack.to(data.train.x.device).make(data, net, report)
-        return tensors, facts | {"seconds": time.monotonic() - started}
-
-    attack.take(stored.get_or_make(recipe.of_asset(cfg, data.sha256, attack.shapeless(), net_recipe), make).tensors)
-
-
-def surrogate(clean: DictConfig, of: dict, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen) -> nn.Module:
-    """The net of `attack=none`, frozen: the very artifact, trained now or found."""
-    screen.say("the attack is made with a clean net: that of attack=none")
-    none = build_attack(clean, data)
-    recover(none, data, stored.get_or_make(of, lambda checkpoint: fit(none, data, trainer, checkpoint, screen)))
-    return surgery.freeze(none.net)
-
-
-def fit(attack: Attack, data: datasets.ImageData, trainer, checkpoint: Path, screen: Screen) -> tuple[dict, dict]:
-    """Train the backdoor: (tensors to store, facts about them)."""
-    if checkpoint.exists():
-        screen.say("going on from where an earlier run was stopped")
-    started = time.monotonic()
-    attack.fit(data, trainer, checkpoint)
-    facts = {"seconds": time.monotonic() - started, "poisoned_images": int(data.train.poisoned.sum())}
-    indices = {"split.poisoned": data.train.poisoned, "split.reserved": data.reserved}
-    return attack.state_dict() | indices, facts
-
-
 def keep(defense: Defense, tracker, folder: Path) -> None:
     """What the defense leaves besides the net: pictures, and modules from which figures are drawn later."""
     for name, rows in defense.pictures.items():
@@ -174,16 +110,6 @@ def keep(defense: Defense, tracker, folder: Path) -> None:
         tracker.picture(path)
     for name, module in defense.extras.items():
         store.save_folder(folder / name, module.state_dict(), module.spec, weights="weights.safetensors", sheet="spec.json")
-
-
-def recover(attack: Attack, data: datasets.ImageData, backdoor: store.Artifact) -> None:
-    """Load the stored backdoor into `attack`; its poisoned images must be the ones that this run would draw."""
-    tensors = dict(backdoor.tensors)
-    poisoned, _ = tensors.pop("split.poisoned"), tensors.pop("split.reserved")
-    if not torch.equal(poisoned, data.train.poisoned.cpu()):
-        raise UserError(f"{backdoor.path} was trained on other poisoned images than this run draws; remove it")
-    attack.load_state_dict(tensors)
-    attack.to(data.test.x.device).eval()
 
 
 def row_of(cfg, id, backdoor, data, before: Seen, after: Seen, seconds: float, device: torch.device) -> dict:

@@ -40,6 +40,10 @@ class Split:
         """A split that nobody has touched."""
         return cls(x, y, y, torch.zeros(len(y), dtype=torch.bool, device=y.device))
 
+    def blind(self) -> Split:
+        """What a defender sees of it: which images are poisoned, and what they show, is gone."""
+        return Split.clean(self.x, self.y)
+
     def __len__(self) -> int:
         return len(self.x)
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bdx.augment import Augment
+from bdx.backdoor import build_attack
 from bdx.configure import compose
 from bdx.datasets.base import ImageData
-from bdx.run import build_attack
 from bdx.split import Split
 from bdx.training import make_trainer
 

@@ -67,7 +67,7 @@ BRIEF = {
 def build_attack(digits, *overrides: str):
     """An attack with an untrained thin net on digits, equipped with what such a net gives."""
     from bdx.attacks.made import Made
-    from bdx.run import build_attack
+    from bdx.backdoor import build_attack
 
     name = next((o.partition("=")[2] for o in overrides if o.startswith("attack=")), "badnets")
     brief = [f"attack.{key}" for key in BRIEF.get(name, [])]

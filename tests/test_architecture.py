@@ -22,10 +22,13 @@ FLOORS = (
         "surgery", "places", "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
     },
     {"datasets", "archs", "training"},
+    {"detectors"},
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen"},
+    {"backdoor"},
     {"run", "info", "tables", "figures", "report"},
-    {"sweep", "engines", "triggers"},
+    {"sweep", "engines", "triggers", "detection"},
+    {"detect"},
     {"cli"},
 )  # fmt: skip
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
@@ -105,7 +108,7 @@ def test_lightning_is_imported_under_one_name():
         assert not any(n == "lightning" or n.startswith("lightning.") for n in imports(path)), path
 
 
-@pytest.mark.parametrize("module", ["cli", "configure", "recipe", "results", "errors", "info"])
+@pytest.mark.parametrize("module", ["cli", "configure", "recipe", "results", "errors", "info", "detect"])
 def test_what_runs_before_a_run_imports_no_torch(module):
     heavy = ("torch", "pytorch_lightning", "pandas", "wandb")
     code = f"import sys, bdx.{module}; sys.exit(any(m in sys.modules for m in {heavy}))"
@@ -130,7 +133,7 @@ def arguments(cls) -> dict[str, inspect.Parameter]:
     return found
 
 
-GIVEN_BY_RUN = {"attack": {"shape", "num_classes", "recipe", "seed"}, "defense": set()}
+GIVEN_BY_RUN = {"attack": {"shape", "num_classes", "recipe", "seed"}, "defense": set(), "detector": set()}
 
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g in GIVEN_BY_RUN for n in names(g)])
@@ -165,7 +168,7 @@ def test_every_yaml_says_what_it_is_and_stays_short(path):
 def test_budgets(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 250
-    if place(path) in ("attacks", "defenses"):
+    if place(path) in ("attacks", "defenses", "detectors"):
         assert len(lines) <= 200
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.FunctionDef):

@@ -344,7 +344,7 @@ def test_the_pattern_goes_where_the_target_s_features_are(digits):
 @pytest.mark.parametrize(("head", "shape"), [(1, (64,)), (3, (64, 8, 8)), (5, (32, 16, 16))])
 def test_the_layers_of_table_7(head, shape, digits):
     """T&R's WRN16-1: LBA-14 has the pooled features, LBA-12 the default stem's, LBA-10 those of the second group."""
-    from bdx.run import build_attack
+    from bdx.backdoor import build_attack
 
     lba = build_attack(compose(["arch=wrn16_1", "attack=lba", f"attack.head={head}"]), digits)
     assert lba.features(lba.net, pixels(digits.train.x[:2])).squeeze().shape[1:] == shape

@@ -7,9 +7,10 @@ import torch
 from conftest import TINY
 
 from bdx import places
+from bdx.backdoor import build_attack
 from bdx.configure import compose
 from bdx.errors import UserError
-from bdx.run import build_attack, build_defense
+from bdx.run import build_defense
 from bdx.split import pixels
 
 VIT = ["arch=vit_b_16", "arch.image_size=16", "arch.patch=4", "arch.layers=4", "arch.heads=2", "arch.width=32", "arch.mlp=64"]

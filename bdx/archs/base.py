@@ -93,6 +93,12 @@ def build(arch: dict, *, num_classes: int, mean: list[float], std: list[float], 
     return net
 
 
+def fresh(net: Classifier) -> Classifier:
+    """A net just built as `net` was, with weights of its own and nothing inserted, on the CPU."""
+    spec = {k: v for k, v in net.spec.items() if k != "arch"}
+    return build(net.spec["arch"], **spec | {"shape": tuple(spec["shape"])})
+
+
 def save(net: Classifier, folder: Path, **facts) -> None:
     """Write net.safetensors and net.json (architecture, insertions, checksum, versions, `facts`) into `folder`."""
     meta = {"format": FORMAT, **net.spec, "insertions": surgery.insertions(net), "versions": provenance(), **facts}

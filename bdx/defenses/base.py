@@ -19,6 +19,7 @@ class Defense(pl.LightningModule):
 
     needs            which splits: "clean" (reserved images), "train" (the poisoned training set), or nothing
     needs_batchnorm  whether the net must have BatchNorm layers
+    trains, cost     in words, for `bdx info defenses`: which parameters, and what that takes
 
     `run` gets an ImageData in which only the declared splits can be touched, never the test set. What it leaves besides
     the net is kept by the run: `facts` (name -> number) in the row, `pictures` (name -> rows of images, (R,N,C,H,W) in

@@ -38,6 +38,9 @@ class CNPD(NPD):
     code, code_size, fusion, attention   of the forms e and a (A12, A13)
     """
 
+    trains = "an inserted conditional polarizer alone"
+    cost = "per clean image and epoch: NPD's passes, for r times the number of classes"
+
     def __init__(
         self, net: nn.Module, *, form: str, condition: str, soft: bool, targets: str, attacked: str, adv_condition: str,
         clean_condition: str, at_once: int | None, code: str, code_size: int, fusion: str, attention: str, target: int, **npd,

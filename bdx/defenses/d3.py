@@ -31,6 +31,9 @@ class D3(Tuning):
     bn_mode       train or frozen
     """
 
+    trains = "all weights, the selected layers at their old norm"
+    cost = "per clean image and epoch: one training step"
+
     def __init__(
         self, net: nn.Module, *, layer: str, distance: str, p: float, alpha: float, lambda_clean: float, epsilon: float,
         hinge: str, normalise: bool, warm_start: str, noise: float, bn_mode: str, **loop,

@@ -9,4 +9,5 @@ from bdx.defenses.base import Tuning
 
 
 class FT(Tuning):
-    pass
+    trains = "all weights"
+    cost = "per clean image and epoch: one training step"

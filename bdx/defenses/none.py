@@ -10,6 +10,8 @@ from bdx.defenses.base import Defense
 
 class NoDefense(Defense):
     needs = frozenset()
+    trains = "nothing"
+    cost = "nothing"
 
     def run(self, data, make_trainer):
         return self.net

@@ -42,6 +42,9 @@ class NPD(Tuning):
     lambda_*      weights of the four terms; 0 leaves a term out (Table 3)
     """
 
+    trains = "an inserted polarizer alone"
+    cost = "per clean image and epoch: the perturbation's passes and two more, through frozen weights"
+
     def __init__(
         self, net: nn.Module, *, layer: str, structure: str, init: str, bn_mode: str, warmup_epochs: int,
         warmup_lr: float, budget: Budget, targeted: bool, universal: bool, target: int | None, recipe: str,

@@ -84,6 +84,8 @@ class TrapAndReplace(Defense):
     """
 
     needs = frozenset({"train", "clean"})
+    trains = "all weights, from fresh ones; then a fresh head"
+    cost = "a training on the poisoned set with a decoder beside it, then a tuning on clean images"
 
     def __init__(
         self, net: nn.Module, *, head: int, cut: str | None, decoder: list | None, lambda_rec: float, lambda_tv: float,

@@ -1,0 +1,102 @@
+"""backdoor: an attack gets what its trigger is made of, a poisoned training set, and a trained victim."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+from torch import nn
+
+from bdx import recipe, store, surgery
+from bdx.archs import base as archs
+from bdx.attacks.base import Attack
+from bdx.attacks.made import Made
+from bdx.build import instantiate
+from bdx.configure import compose
+from bdx.datasets import base as datasets
+from bdx.errors import UserError
+from bdx.screen import Screen
+from bdx.training import Recipe
+
+
+def build_attack(cfg: DictConfig, data: datasets.ImageData) -> Attack:
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    torch.manual_seed(cfg.seed)
+    about = {"num_classes": data.num_classes, "shape": data.shape}
+    net = archs.build(plain["arch"], **plain["dataset"]["normalize"], **about)
+    how: Recipe = instantiate(plain["train"])
+    return instantiate(plain["attack"], net=net, recipe=how, seed=cfg.seed, **about)
+
+
+def backdoored(
+    cfg: DictConfig, attack: Attack, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen
+) -> tuple[datasets.ImageData, store.Artifact]:
+    """Train `attack`, or load it from the store. Returns the data with the poisoned training set, and the artifact."""
+    for one, part in parts(cfg, attack):
+        if isinstance(part, Made) and part.wanting:
+            equip(one, part, data, stored, trainer, screen)
+    data = data.poisoned(attack.poison(data.train))
+    of = recipe.of_backdoor(cfg, data.sha256)
+    backdoor = stored.get_or_make(of, lambda checkpoint: fit(attack, data, trainer, checkpoint, screen))
+    recover(attack, data, backdoor)
+    return data, backdoor
+
+
+def parts(cfg: DictConfig, attack: Attack) -> list[tuple[DictConfig, Attack]]:
+    """(configuration, attack) of each of several in one, as if it were alone; else of the one."""
+    if "parts" not in cfg.attack:
+        return [(cfg, attack)]
+    alone = [OmegaConf.merge(cfg, {}) for _ in cfg.attack.parts]
+    for one, part in zip(alone, cfg.attack.parts, strict=True):
+        one.attack = {k: v for k, v in part.items() if k != "_partial_"}
+    return list(zip(alone, attack.parts.values(), strict=True))
+
+
+def equip(cfg: DictConfig, attack: Made, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen) -> None:
+    """Give the attack what it is made of: from the store, or made now, with a clean net where it asks for one."""
+    clean = copy.deepcopy(cfg)
+    with open_dict(clean):
+        clean.attack = compose(["attack=none"]).attack
+    net_recipe = recipe.of_backdoor(clean, data.sha256) if attack.surrogate else None
+
+    def make(_) -> tuple[dict, dict]:
+        net = surrogate(clean, net_recipe, data, stored, trainer, screen) if net_recipe else None
+        torch.manual_seed(cfg.seed)  # whether the surrogate was trained or loaded must not show
+        screen.say(f"making what {type(attack).__name__} is made of")
+        started = time.monotonic()
+        tensors, facts = attack.to(data.train.x.device).make(data, net, screen.epoch)
+        return tensors, facts | {"seconds": time.monotonic() - started}
+
+    attack.take(stored.get_or_make(recipe.of_asset(cfg, data.sha256, attack.shapeless(), net_recipe), make).tensors)
+
+
+def surrogate(clean: DictConfig, of: dict, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen) -> nn.Module:
+    """The net of `attack=none`, frozen: the very artifact, trained now or found."""
+    screen.say("the attack is made with a clean net: that of attack=none")
+    none = build_attack(clean, data)
+    recover(none, data, stored.get_or_make(of, lambda checkpoint: fit(none, data, trainer, checkpoint, screen)))
+    return surgery.freeze(none.net)
+
+
+def fit(attack: Attack, data: datasets.ImageData, trainer, checkpoint: Path, screen: Screen) -> tuple[dict, dict]:
+    """Train the backdoor: (tensors to store, facts about them)."""
+    if checkpoint.exists():
+        screen.say("going on from where an earlier run was stopped")
+    started = time.monotonic()
+    attack.fit(data, trainer, checkpoint)
+    facts = {"seconds": time.monotonic() - started, "poisoned_images": int(data.train.poisoned.sum())}
+    indices = {"split.poisoned": data.train.poisoned, "split.reserved": data.reserved}
+    return attack.state_dict() | indices, facts
+
+
+def recover(attack: Attack, data: datasets.ImageData, backdoor: store.Artifact) -> None:
+    """Load the stored backdoor into `attack`; its poisoned images must be the ones that this run would draw."""
+    tensors = dict(backdoor.tensors)
+    poisoned, _ = tensors.pop("split.poisoned"), tensors.pop("split.reserved")
+    if not torch.equal(poisoned, data.train.poisoned.cpu()):
+        raise UserError(f"{backdoor.path} was trained on other poisoned images than this run draws; remove it")
+    attack.load_state_dict(tensors)
+    attack.to(data.test.x.device).eval()
