@@ -19,7 +19,7 @@ PACKAGE = ROOT / "bdx"
 FLOORS = (
     {
         "errors", "files", "split", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery", "places",
-        "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
+        "pruning", "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
     },
     {"datasets", "archs", "training"},
     {"attacks", "defenses"},
@@ -86,6 +86,7 @@ def floor_zero(own: str, other: str) -> bool:
         "conditioned",
         "decoder",
         "surgery",
+        "pruning",
         "places",
         "adversarial",
         "build",
