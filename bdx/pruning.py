@@ -26,31 +26,35 @@ def affine(net: nn.Module) -> dict[str, nn.Module]:
     return {n: m for n, m in net.named_modules() if m in norms and m.weight is not None}
 
 
-def feeders(net: nn.Module) -> dict[str, str]:
-    """BatchNorm's name -> name of the convolution (or Linear) whose output, as it is and alone, is that layer's input.
+def feeders(net: nn.Module) -> dict[str, tuple[str, ...]]:
+    """BatchNorm's name -> names of the convolutions (or Linear layers) whose outputs, summed, are that layer's input.
 
-    Read off one forward pass by the tensors' identity, not off the order of modules: a BatchNorm that gets a sum, as
-    the first of a pre-activation block does, has no feeder, whatever convolution stands in front of it in a list.
+    Read off the graph of one forward pass, not off the order of modules. One name for a BatchNorm right behind a
+    convolution; several in a pre-activation block, whose first BatchNorm gets what a stage has summed up so far. Left
+    out: a BatchNorm behind anything else (an activation, a concatenation), or that runs twice on different inputs.
     """
-    made: dict[int, tuple[str, Tensor, int]] = {}  # the tensors are kept, so that no address is used twice
-    fed: dict[str, set[str | None]] = {}
+    made: dict = {}  # the graph's nodes that convolutions end in
+    fed: dict[str, set[tuple[str, ...] | None]] = {}
 
-    def put(name: str, out: Tensor) -> None:
-        made[id(out)] = name, out, out._version
-
-    def take(name: str, z: Tensor) -> None:
-        conv, _, version = made.get(id(z), (None, None, None))
-        fed.setdefault(name, set()).add(conv if version == z._version else None)  # a ReLU in place moves the version
+    def sources(node) -> tuple[str, ...] | None:
+        if node in made:
+            return (made[node],)
+        if type(node).__name__ != "AddBackward0":
+            return None
+        parts = [sources(n) for n, _ in node.next_functions]
+        return None if None in parts else tuple(dict.fromkeys(name for part in parts for name in part))
 
     handles = []
     for name, module in net.named_modules():
         if isinstance(module, LINEAR_MAPS):
-            handles.append(module.register_forward_hook(lambda _, args, out, name=name: put(name, out)))
+            handles.append(module.register_forward_hook(lambda _, args, out, name=name: made.update({out.grad_fn: name})))
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: take(name, args[0])))
+            take = lambda _, args, name=name: fed.setdefault(name, set()).add(sources(args[0].grad_fn))
+            handles.append(module.register_forward_pre_hook(take))
+    sample = torch.zeros(2, *net.spec["shape"], device=next(net.parameters()).device, requires_grad=True)
     try:
-        with torch.no_grad(), surgery.mode(net, False):
-            net(torch.zeros(2, *net.spec["shape"], device=next(net.parameters()).device))
+        with torch.enable_grad(), surgery.mode(net, False):
+            net(sample)
     finally:
         for handle in handles:
             handle.remove()

@@ -55,12 +55,20 @@ def changed(before: nn.Module, after: nn.Module) -> set[str]:
 def test_the_bound_is_the_largest_singular_value_times_batchnorms_scale(attack):
     for recipe, eps in (("paper", 1e-5), ("code", 0)):
         defense = made(attack, "clp", f"recipe={recipe}")
-        bound = defense.bound("body.layer1.0.bn2", "body.layer1.0.conv1").numpy()
+        bound = defense.bound("body.layer1.0.bn2", ("body.layer1.0.conv1",)).numpy()
         block = defense.net.body.layer1[0]
         for c, w in enumerate(block.conv1.weight.detach().numpy()):
             sigma = np.linalg.svd(w.reshape(w.shape[0], -1), compute_uv=False)[0]
             var, gamma = block.bn2.running_var[c].item(), block.bn2.weight[c].item()
             assert bound[c] == pytest.approx(sigma * abs(gamma) / math.sqrt(var + eps), rel=1e-4)
+
+
+def test_the_bound_of_a_sum_is_the_root_of_the_summed_squares(attack):
+    defense, norm = made(attack, "clp"), "body.layer2.1.bn1"
+    conv, shortcut = "body.layer2.0.conv2", "body.layer2.0.shortcut.0"
+    assert set(defense.pairs[norm]) == {conv, shortcut}
+    one, other, both = (defense.bound(norm, convs) for convs in ((conv,), (shortcut,), (conv, shortcut)))
+    assert torch.allclose(both, torch.hypot(one, other))
 
 
 def test_no_change_of_a_patch_grows_more_than_the_singular_value():

@@ -42,42 +42,54 @@ def preact():
     return net.eval()
 
 
-def test_a_pre_activation_block_feeds_only_its_inner_norm(preact):
-    """bn1 gets the sum of a convolution and a skip path: nothing feeds it alone, but the stem the very first."""
-    inner = {f"body.layer{i}.{j}.bn2": f"body.layer{i}.{j}.conv1" for i in range(1, 5) for j in range(2)}
-    assert feeders(preact) == inner | {"body.layer1.0.bn1": "body.conv1"}
+def as_sets(found: dict[str, tuple[str, ...]]) -> dict[str, set[str]]:
+    return {norm.removeprefix("body."): {c.removeprefix("body.") for c in convs} for norm, convs in found.items()}
+
+
+def test_pre_activation_blocks(preact):
+    """bn2 follows conv1; bn1 gets what the stage has summed up: its blocks' last convolutions and where it began."""
+    wanted = {f"layer{i}.{j}.bn2": {f"layer{i}.{j}.conv1"} for i in range(1, 5) for j in range(2)}
+    start = {1: "conv1"} | {i: f"layer{i}.0.shortcut.0" for i in range(2, 5)}
+    wanted |= {"layer1.0.bn1": {"conv1"}}
+    wanted |= {f"layer{i}.1.bn1": {start[i], f"layer{i}.0.conv2"} for i in range(1, 5)}
+    wanted |= {f"layer{i + 1}.0.bn1": {start[i], f"layer{i}.0.conv2", f"layer{i}.1.conv2"} for i in range(1, 4)}
+    assert as_sets(feeders(preact)) == wanted
+
+
+def test_a_frozen_net_has_a_graph_too(preact):
+    assert feeders(copy.deepcopy(preact).requires_grad_(False)) == feeders(preact)
 
 
 def test_the_order_of_modules_says_something_else(preact):
-    """What the released CLP does: here a shortcut is taken for the source of a norm that gets a sum."""
-    assert before(preact)["body.layer2.1.bn1"] == "body.layer2.0.shortcut.0"
-    assert before(preact)["body.layer1.1.bn1"] == "body.layer1.0.conv2"
+    """What the released CLP does: one convolution, and here it is a shortcut, for a norm that gets a sum."""
+    assert before(preact)["body.layer2.1.bn1"] == ("body.layer2.0.shortcut.0",)
+    assert before(preact)["body.layer1.1.bn1"] == ("body.layer1.0.conv2",)
 
 
 def test_a_resnet_with_its_shortcuts():
     net = resnet18(num_classes=10)
     net.spec = {"shape": (3, 32, 32)}
-    wanted = {"bn1": "conv1"}
+    wanted = {"bn1": {"conv1"}}
     for i in range(1, 5):
-        wanted |= {f"layer{i}.{j}.bn{k}": f"layer{i}.{j}.conv{k}" for j in range(2) for k in (1, 2)}
-        wanted |= {f"layer{i}.0.downsample.1": f"layer{i}.0.downsample.0"} if i > 1 else {}
-    assert feeders(net) == wanted
+        wanted |= {f"layer{i}.{j}.bn{k}": {f"layer{i}.{j}.conv{k}"} for j in range(2) for k in (1, 2)}
+        wanted |= {f"layer{i}.0.downsample.1": {f"layer{i}.0.downsample.0"}} if i > 1 else {}
+    assert as_sets(feeders(net)) == wanted
     assert net.training  # the mode is put back
 
 
 def test_vgg_with_batchnorm():
     net = toy(*make_layers([8, "M", 16, 16], batch_norm=True))
-    assert feeders(net) == {"1": "0", "5": "4", "8": "7"}
+    assert feeders(net) == {"1": ("0",), "5": ("4",), "8": ("7",)}
 
 
 @pytest.mark.parametrize("between", [nn.ReLU(), nn.ReLU(inplace=True)], ids=["relu", "in place"])
-def test_what_an_activation_stands_between_is_no_pair(between):
+def test_what_an_activation_stands_between_feeds_nothing(between):
     assert feeders(toy(nn.Conv2d(3, 4, 3), between, nn.BatchNorm2d(4))) == {}
-    assert feeders(toy(nn.Conv2d(3, 4, 3), nn.Identity(), nn.BatchNorm2d(4))) == {"2": "0"}
+    assert feeders(toy(nn.Conv2d(3, 4, 3), nn.Identity(), nn.BatchNorm2d(4))) == {"2": ("0",)}
 
 
-def test_a_linear_layer_feeds_too_and_a_shared_norm_has_no_single_source():
-    assert feeders(toy(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4))) == {"2": "1"}
+def test_a_linear_layer_feeds_too_and_a_shared_norm_is_left_out():
+    assert feeders(toy(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4))) == {"2": ("1",)}
     norm = nn.BatchNorm2d(3)
     assert feeders(toy(nn.Conv2d(3, 3, 3), norm, nn.Conv2d(3, 3, 3), norm)) == {}
 

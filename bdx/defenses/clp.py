@@ -4,6 +4,9 @@ Source: Zheng et al., Data-free Backdoor Removal based on Channel Lipschitzness,
 
     σ_c = |γ_c| / √(var_c + ε) · ‖W_c‖₂,   W_c = the convolution's weights of output channel c as (inputs, kernel)
     a channel goes where σ_c > mean + u·std over its layer
+
+Where a BatchNorm's input is a sum of convolutions (pre-activation blocks), ‖W_c‖₂ is the root of their summed squares: a
+bound on the sum as a function of all their inputs.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from bdx.pruning import LINEAR_MAPS, Rule, affine, cut_outliers, feeders
 class CLP(Defense):
     """u         standard deviations above the layer's mean, for select=fixed
     select      fixed, or accuracy: the smallest u at which accuracy on the reserved images falls by max_drop at most
-    recipe      paper: a BatchNorm goes with the convolution that feeds it, and has its ε; code: with the convolution
-                before it in the list of modules, and without
+    recipe      paper: a BatchNorm goes with what feeds it, and has its ε; code: with the convolution before it in the list
+                of modules, and without
     """
 
     needs = frozenset()
@@ -35,19 +38,19 @@ class CLP(Defense):
         self.rule, self.recipe = Rule(select, u, max_drop), recipe
         self.needs = self.needs | self.rule.needs
         pairs = feeders(net) if recipe == "paper" else before(net)
-        self.pairs = {norm: conv for norm, conv in pairs.items() if norm in affine(net)}
+        self.pairs = {norm: convs for norm, convs in pairs.items() if norm in affine(net)}
         if not self.pairs:
-            raise UserError("CLP cuts channels of a convolution that feeds a BatchNorm, and this net has no such pair")
+            raise UserError("CLP cuts channels of convolutions that feed a BatchNorm, and this net has none such")
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
-        return cut_outliers(self, {norm: self.bound(norm, conv) for norm, conv in self.pairs.items()}, data)
+        return cut_outliers(self, {norm: self.bound(norm, convs) for norm, convs in self.pairs.items()}, data)
 
     @torch.no_grad()
-    def bound(self, norm: str, conv: str) -> Tensor:
-        """(C,) how much a channel changes at most, per change of the patch that it sees."""
-        bn, weight = self.net.get_submodule(norm), self.net.get_submodule(conv).weight
-        eps = bn.eps if self.recipe == "paper" else 0
-        return bn.weight.abs() / (bn.running_var + eps).sqrt() * largest_singular(weight)
+    def bound(self, norm: str, convs: tuple[str, ...]) -> Tensor:
+        """(C,) how much a channel changes at most, per change of the patches that it sees."""
+        bn, eps = self.net.get_submodule(norm), self.net.get_submodule(norm).eps if self.recipe == "paper" else 0
+        squares = sum(largest_singular(self.net.get_submodule(conv).weight).square() for conv in convs)
+        return bn.weight.abs() / (bn.running_var + eps).sqrt() * squares.sqrt()
 
 
 def largest_singular(weight: Tensor) -> Tensor:
@@ -56,12 +59,12 @@ def largest_singular(weight: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(m.mT @ m)[:, -1].clamp_min(0).sqrt().float()
 
 
-def before(net: nn.Module) -> dict[str, str]:
+def before(net: nn.Module) -> dict[str, tuple[str]]:
     """BatchNorm's name -> the convolution before it in the order of modules, if it has as many channels (released code)."""
     found, last = {}, None
     for name, module in net.named_modules():
         if isinstance(module, LINEAR_MAPS):
             last = name, len(module.weight)
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and last and last[1] == module.num_features:
-            found[name] = last[0]
+            found[name] = (last[0],)
     return found

@@ -50,7 +50,7 @@ class FP(Tuning):
         at = places.locate(self.net, layer, torch.zeros(2, *self.net.spec["shape"]))
         if not isinstance(self.net.get_submodule(at), nn.Conv2d):
             raise UserError(f"defense.layer={layer}: {at} is no convolution; name one, or take recipe=code for the classifier")
-        return at, next((norm for norm, conv in feeders(self.net).items() if conv == at), None)
+        return at, next((norm for norm, convs in feeders(self.net).items() if convs == (at,)), None)
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         self.to(data.clean.x.device)
