@@ -23,12 +23,15 @@ from bdx.surgery import Inserted
 
 DEFENSES = names("defense")
 SHORT = {"defense.epochs": 1, "defense.warmup_epochs": 1, "defense.trap.epochs": 1, "defense.replace.epochs": 1}
+SHORT |= {"defense.unlearn.epochs": 1, "defense.recover.epochs": 1}
+SHORT |= {"defense.u": 0.5, "defense.max_drop": 1.0, "defense.step": 0.3}  # something is pruned in layers of 8 channels, too
+FAST = {"anp": ["defense.optimizer.lr=100"], "rnp": ["defense.recover.optimizer.lr=100"]}  # masks move in one step
 
 
 def short(name: str) -> list[str]:
     """Overrides that cut a defense to one epoch."""
     node = compose([f"defense={name}"]).defense
-    return [f"{k}={v}" for k, v in SHORT.items() if k.split(".")[1] in node]
+    return [f"{k}={v}" for k, v in SHORT.items() if k.split(".")[1] in node] + FAST.get(name, [])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,53 @@
+"""BNP: channels whose statistics on clean images are far from those that BatchNorm recorded while training are cut.
+
+Source: Zheng et al., Pre-activation Distributions Expose Backdoor Neurons, NeurIPS 2022, sec. 4.
+
+Score = KL( N(μ, v) ‖ N(μ_r, v_r) ) = ½ [ log(v_r/v) + (v + (μ − μ_r)²)/v_r − 1 ],  r: the running statistics.
+A channel goes where its score > mean + u·std of its layer. recipe=code takes the statistics of poisoned training images
+instead, which its clean batch was overwritten with, and leaves out the logarithm's ½.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bdx.datasets.base import ImageData
+from bdx.defenses.base import Defense
+from bdx.errors import one_of
+from bdx.pruning import Rule, cut_outliers, watch_norms
+from bdx.training import at_least_one
+
+
+class BNP(Defense):
+    """images    how many images at most, drawn at random
+    augment     as in training, or as they are
+    u           standard deviations above the layer's mean, for select=fixed
+    select      fixed, or accuracy: the smallest u at which accuracy on the reserved images falls by max_drop at most
+    recipe      paper: the reserved images; code: images of the poisoned training set, and a factor missing
+    """
+
+    needs_batchnorm = True
+
+    def __init__(self, net: nn.Module, *, images: int, augment: bool, u: float, select: str, max_drop: float, recipe: str):
+        one_of("defense.recipe", recipe, ("paper", "code"))
+        at_least_one("defense", images=images)
+        super().__init__(net)
+        self.images, self.augment, self.rule, self.recipe = images, augment, Rule(select, u, max_drop), recipe
+        self.needs = frozenset({"clean"} if recipe == "paper" else {"train"}) | self.rule.needs
+
+    def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
+        split = data.clean if self.recipe == "paper" else data.train
+        batch = next(iter(data.batches(split, size=self.images, shuffle=True, augment=self.augment, stage=1)))
+        half = 0.5 if self.recipe == "paper" else 1.0
+        return cut_outliers(self, watch_norms(self.net, batch.x, partial(divergence, half=half)), data)
+
+
+def divergence(z: Tensor, norm: nn.Module, half: float) -> Tensor:
+    """(C,) of the input z (N,C,…) of `norm` from its running statistics; half: the logarithm's factor."""
+    var, mean = torch.var_mean(z.float(), [0, *range(2, z.ndim)], correction=0)
+    run, var = norm.running_var.clamp_min(1e-12), var.clamp_min(1e-12)
+    return half * (run / var).log() + (var + (mean - norm.running_mean).square()) / (2 * run) - 0.5
