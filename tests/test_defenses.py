@@ -22,7 +22,10 @@ from bdx.split import pixels
 from bdx.surgery import Inserted
 
 DEFENSES = names("defense")
-SHORT = {"defense.epochs": 1, "defense.warmup_epochs": 1, "defense.trap.epochs": 1, "defense.replace.epochs": 1}
+SHORT = {
+    "defense.epochs": 1, "defense.warmup_epochs": 1, "defense.trap.epochs": 1, "defense.replace.epochs": 1,
+    "defense.teacher_epochs": 1, "defense.search.epochs": 1, "defense.anomaly": 0.0, "defense.end.epochs": 1,
+}  # fmt: skip
 
 
 def short(name: str) -> list[str]:
