@@ -24,7 +24,7 @@ from torch.optim.swa_utils import update_bn
 from bdx.datasets.base import ImageData
 from bdx.defenses.base import Tuning
 from bdx.errors import UserError
-from bdx.training import try_out
+from bdx.training import at_least_one, try_out
 
 
 class MCR(Tuning):
@@ -36,6 +36,7 @@ class MCR(Tuning):
     def __init__(self, net: nn.Module, *, points: int, t: float, end: dict, **loop):
         if points < 3 or not 0 <= t <= 1:
             raise UserError(f"defense.points={points}, t={t}: expected 3 points or more, and t from 0 to 1")
+        at_least_one("defense.end", epochs=end["epochs"], batch=end["batch"])
         try_out("defense.end", SimpleNamespace(**end))
         super().__init__(net, **loop)
         self.points, self.t, self.end = points, t, end
