@@ -25,6 +25,7 @@ DEFENSES = names("defense")
 SHORT = {
     "defense.epochs": 1, "defense.warmup_epochs": 1, "defense.trap.epochs": 1, "defense.replace.epochs": 1,
     "defense.teacher_epochs": 1, "defense.search.epochs": 1, "defense.anomaly": 0.0, "defense.end.epochs": 1,
+    "defense.iterations": 2, "defense.steps": 1,
 }  # fmt: skip
 
 
