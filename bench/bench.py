@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
+from tuning import bench_ibau, bench_mcr, bench_nad, bench_nc, bench_sau  # noqa: F401
 
 from bdx.archs.preact_resnet import preact_resnet18
 from bdx.configure import options

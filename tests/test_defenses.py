@@ -23,7 +23,8 @@ from bdx.surgery import Inserted
 
 DEFENSES = names("defense")
 SHORT = {"defense.epochs": 1, "defense.warmup_epochs": 1, "defense.trap.epochs": 1, "defense.replace.epochs": 1}
-SHORT |= {"defense.unlearn.epochs": 1, "defense.recover.epochs": 1}
+SHORT |= {"defense.unlearn.epochs": 1, "defense.recover.epochs": 1, "defense.teacher_epochs": 1, "defense.search.epochs": 1}
+SHORT |= {"defense.anomaly": 0.0, "defense.end.epochs": 1, "defense.iterations": 2, "defense.steps": 1}
 SHORT |= {"defense.u": 0.5, "defense.max_drop": 1.0, "defense.step": 0.3}  # something is pruned in layers of 8 channels, too
 FAST = {"anp": ["defense.optimizer.lr=100"], "rnp": ["defense.recover.optimizer.lr=100"]}  # masks move in one step
 
