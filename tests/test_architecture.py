@@ -19,7 +19,8 @@ PACKAGE = ROOT / "bdx"
 FLOORS = (
     {
         "errors", "files", "split", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery", "places",
-        "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
+        "isolation", "views", "contrastive", "sensitivity", "adversarial",
+        "build", "recipe", "imagefile", "store", "results", "configure",
     },
     {"datasets", "archs", "training"},
     {"attacks", "defenses"},
@@ -87,6 +88,10 @@ def floor_zero(own: str, other: str) -> bool:
         "decoder",
         "surgery",
         "places",
+        "isolation",
+        "views",
+        "contrastive",
+        "sensitivity",
         "adversarial",
         "build",
         "recipe",

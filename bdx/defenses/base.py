@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytorch_lightning as pl
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdx import surgery
-from bdx.datasets.base import ImageData
+from bdx.archs.base import build
+from bdx.datasets.base import Batches, ImageData
 from bdx.errors import UserError
-from bdx.training import at_least_one, optimizers
+from bdx.training import at_least_one, optimizers, try_out
 
 
 class Defense(pl.LightningModule):
@@ -43,6 +45,13 @@ class Defense(pl.LightningModule):
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         """make_trainer(stage, epochs) -> a Trainer for one stage. Returns the repaired net, in any mode."""
         raise NotImplementedError(f"{type(self).__name__} must say how it repairs a net")
+
+    def renew(self, names: tuple[str, ...] = ("normalize", "body")) -> None:
+        """The named modules get the weights of a net just built."""
+        spec = {k: v for k, v in self.net.spec.items() if k != "arch"}
+        fresh = build(self.net.spec["arch"], **spec | {"shape": tuple(spec["shape"])})
+        for name in names:
+            self.net.get_submodule(name).load_state_dict(fresh.get_submodule(name).state_dict())
 
 
 class Tuning(Defense):
@@ -77,3 +86,41 @@ class Tuning(Defense):
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         make_trainer(type(self).__name__, self.epochs).fit(self.ready(), self.batches(data))
         return self.net
+
+
+class Stage(pl.LightningModule):
+    """One loop of several: `loss(batch)`, a tensor or a dict with `loss`, lowered by `params`. how: optimizer, schedule."""
+
+    def __init__(self, net: nn.Module, how: dict, loss: Callable, params: list):
+        super().__init__()
+        self.net, self.how, self.loss, self.tuned = net, how, loss, params
+
+    def training_step(self, batch, _):
+        return self.loss(batch)
+
+    def configure_optimizers(self):
+        return optimizers(self.tuned, self.how["optimizer"], self.how["schedule"])
+
+
+class Staged(Defense):
+    """A defense of several loops, each a key of its YAML with epochs, batch, optimizer, schedule and what else it takes."""
+
+    def __init__(self, net: nn.Module, **stages: dict):
+        for name, how in stages.items():
+            at_least_one(f"defense.{name}", epochs=how["epochs"], batch=how["batch"])
+            try_out(f"defense.{name}", SimpleNamespace(**how))
+        super().__init__(net)
+        self.stages = stages
+
+    def batches(self, name: str, data: ImageData, split, augment) -> Batches:
+        """What the loop `name` goes over; its random numbers are its own."""
+        stage = 1 + list(self.stages).index(name)
+        how = {"size": self.stages[name]["batch"], "shuffle": True, "drop_last": True, "stage": stage}
+        return data.batches(split, augment=augment, **how)
+
+    def fit(self, name: str, batches, loss: Callable, make_trainer: Callable, params=None, extra: nn.Module | None = None):
+        """Run the loop `name` in train mode. params: what is tuned, all of the net by default; extra: a module of the loss."""
+        params = list(self.net.parameters() if params is None else params) + list(extra.parameters() if extra else [])
+        stage = Stage(self.net, self.stages[name], loss, params)
+        stage.extra = extra  # for Lightning to bring it to the device
+        make_trainer(name, self.stages[name]["epochs"]).fit(stage.train(), batches)
