@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import pytorch_lightning as pl
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdx import surgery
+from bdx import places, surgery
 from bdx.archs.base import build
+from bdx.contrastive import Projector, contrast, nt_xent
 from bdx.datasets.base import Batches, ImageData
 from bdx.errors import UserError
+from bdx.split import Split
 from bdx.training import at_least_one, optimizers, try_out
+from bdx.views import Twice
 
 
 class Defense(pl.LightningModule):
@@ -89,11 +94,13 @@ class Tuning(Defense):
 
 
 class Stage(pl.LightningModule):
-    """One loop of several: `loss(batch)`, a tensor or a dict with `loss`, lowered by `params`. how: optimizer, schedule."""
+    """One loop of several: `loss(batch)`, a tensor or a dict with `loss`, is lowered by `params` and those of `extra`.
+    how: optimizer and schedule."""
 
-    def __init__(self, net: nn.Module, how: dict, loss: Callable, params: list):
+    def __init__(self, net: nn.Module, how: dict, loss: Callable, params: Iterable, extra: nn.Module | None):
         super().__init__()
-        self.net, self.how, self.loss, self.tuned = net, how, loss, params
+        self.net, self.how, self.loss, self.extra = net, how, loss, extra
+        self.tuned = [*params, *(extra.parameters() if extra else ())]
 
     def training_step(self, batch, _):
         return self.loss(batch)
@@ -112,15 +119,34 @@ class Staged(Defense):
         super().__init__(net)
         self.stages = stages
 
-    def batches(self, name: str, data: ImageData, split, augment) -> Batches:
+    def batches(self, name: str, data: ImageData, split: Split, augment) -> Batches:
         """What the loop `name` goes over; its random numbers are its own."""
-        stage = 1 + list(self.stages).index(name)
-        how = {"size": self.stages[name]["batch"], "shuffle": True, "drop_last": True, "stage": stage}
-        return data.batches(split, augment=augment, **how)
+        how = {"size": self.stages[name]["batch"], "shuffle": True, "drop_last": True}
+        return data.batches(split, augment=augment, stage=1 + list(self.stages).index(name), **how)
 
     def fit(self, name: str, batches, loss: Callable, make_trainer: Callable, params=None, extra: nn.Module | None = None):
-        """Run the loop `name` in train mode. params: what is tuned, all of the net by default; extra: a module of the loss."""
-        params = list(self.net.parameters() if params is None else params) + list(extra.parameters() if extra else [])
-        stage = Stage(self.net, self.stages[name], loss, params)
-        stage.extra = extra  # for Lightning to bring it to the device
-        make_trainer(name, self.stages[name]["epochs"]).fit(stage.train(), batches)
+        """Run the loop `name`, all in train mode. params: what is tuned, by default the whole net; extra: a module that
+        the loss has besides."""
+        stage = Stage(self.net, self.stages[name], loss, self.net.parameters() if params is None else params, extra)
+        trainer = make_trainer(name, self.stages[name]["epochs"])
+        trainer.fit(stage.train(), batches)
+        self.net.to(trainer.strategy.root_device)  # from where Lightning takes it when a fit ends
+
+    def away_from(self, at: str) -> list[nn.Parameter]:
+        """The parameters outside the module named `at`."""
+        inside = set(self.net.get_submodule(at).parameters())
+        return [p for p in self.net.parameters() if p not in inside]
+
+    def learn_views(self, name: str, data: ImageData, view: Callable, make_trainer: Callable, near: Callable | None) -> str:
+        """Contrastive learning of everything before the classifier, whose name is returned. near(batch) -> (N,N), see
+        contrastive.contrast; None: SimCLR. The loop's further keys: temperature, width (of the projection)."""
+        how, at = self.stages[name], places.classifier(self.net)
+        width = math.prod(places.input_shape(self.net, at, torch.zeros(1, *self.net.spec["shape"])))
+        head = Projector(width, how["width"])
+
+        def loss(batch) -> Tensor:
+            z = head(surgery.features(self.net, at, batch.x))
+            return contrast(z, near(batch), how["temperature"]) if near else nt_xent(z, how["temperature"])
+
+        self.fit(name, self.batches(name, data, data.train, Twice(view)), loss, make_trainer, self.away_from(at), head)
+        return at
