@@ -352,6 +352,26 @@ def test_dp_learns_and_says_epsilon(attack, poisoned, quick_trainer):
     assert not any(m._forward_hooks or m._backward_hooks for m in net.modules())
 
 
+def test_a_step_of_dp_by_hand(attack, poisoned):
+    """Almost no noise: the sum of the images' gradients, each cut to norm C, over the batch expected. x is channels-last."""
+    opacus = pytest.importorskip("opacus", reason="needs bdx[dp]")
+    how = ["defense.noise=1e-9", "defense.clip=0.5", "defense.batch=32", "defense.optimizer.lr=1.0"]
+    defense = made(attack, "dp", *how)
+    x, y = pixels(poisoned.train.x[:6]), poisoned.train.y[:6]
+    params, total = defense.trained(), 0
+    for i in range(6):
+        loss = F.cross_entropy(defense.net.train()(x[i : i + 1]), y[i : i + 1])
+        gradient = torch.cat([p.flatten() for p in torch.autograd.grad(loss, params)])
+        total = total + gradient * (0.5 / gradient.norm()).clamp(max=1)
+    before = torch.cat([p.detach().clone().flatten() for p in params])
+    defense.sampled = opacus.GradSampleModule(defense.net)
+    optimizer = defense.configure_optimizers()["optimizer"]
+    defense.training_step(Batch(x, y, torch.arange(6)), 0).backward()
+    optimizer.step()
+    after = torch.cat([p.detach().flatten() for p in params])
+    assert torch.allclose(before - after, total / 32, atol=1e-5)
+
+
 # what is refused
 
 TRAINED = ["abl", "dbd", "nab", "d_st", "d_br"]

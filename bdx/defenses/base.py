@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 
 import pytorch_lightning as pl
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from bdx.archs.base import build
 from bdx.contrastive import Projector, contrast, nt_xent
 from bdx.datasets.base import Batches, ImageData
 from bdx.errors import UserError
-from bdx.split import Split
+from bdx.split import Split, pixels
 from bdx.training import at_least_one, optimizers, try_out
 from bdx.views import Twice
 
@@ -141,7 +140,7 @@ class Staged(Defense):
         """Contrastive learning of everything before the classifier, whose name is returned. near(batch) -> (N,N), see
         contrastive.contrast; None: SimCLR. The loop's further keys: temperature, width (of the projection)."""
         how, at = self.stages[name], places.classifier(self.net)
-        width = math.prod(places.input_shape(self.net, at, torch.zeros(1, *self.net.spec["shape"])))
+        width = math.prod(places.input_shape(self.net, at, pixels(data.train.x[:1])))
         head = Projector(width, how["width"])
 
         def loss(batch) -> Tensor:

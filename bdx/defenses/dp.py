@@ -22,7 +22,6 @@ from bdx.archs.base import build
 from bdx.datasets.base import Batch, Batches, ImageData
 from bdx.defenses.base import Tuning
 from bdx.errors import UserError
-from bdx.split import pixels
 from bdx.training import optimizers
 
 LEAST = 32  # smaller batches by lot may come out empty
@@ -45,10 +44,11 @@ def with_group_norm(net: nn.Module, groups: int) -> nn.Module:
     spec = {k: v for k, v in net.spec.items() if k != "arch"} | {"shape": tuple(net.spec["shape"])}
     inner = {**net.spec["arch"], "_partial_": True}
     net = build({"_target_": "bdx.archs.group_norm.group_norm", "groups": groups, "net": inner}, **spec)
+    net.to(memory_format=torch.contiguous_format)  # Opacus 1.6 gets convolutions wrong in channels-last
     for module in net.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # Opacus needs what came in as it came
-    net(pixels(torch.zeros(2, *spec["shape"], dtype=torch.uint8))).sum().backward()
+    net(torch.zeros(2, *spec["shape"])).sum().backward()
     for p in net.parameters():
         p.requires_grad, p.grad = p.grad is not None, None
     return net
@@ -91,7 +91,7 @@ class DPSGD(Tuning):
 
     def training_step(self, batch, _):
         with torch.autocast(batch.x.device.type, enabled=False):
-            return F.cross_entropy(self.sampled(batch.x), batch.y)
+            return F.cross_entropy(self.sampled(batch.x.contiguous()), batch.y)
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         from opacus import GradSampleModule
