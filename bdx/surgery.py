@@ -151,6 +151,14 @@ def watch_input(net: nn.Module, at: str, visit: Callable[[Tensor], None]) -> Ite
         handle.remove()
 
 
+def features(net: nn.Module, at: str, x: Tensor) -> Tensor:
+    """The input of the module named `at`, flat (N,D), with its graph, when x (N,C,H,W) runs through the net."""
+    seen = []
+    with watch_input(net, at, seen.append):
+        net(x)
+    return seen[0].flatten(1)
+
+
 @contextmanager
 def watch_output(net: nn.Module, at: str) -> Iterator[list[Tensor]]:
     """A list that holds every output of the module named `at`, with its graph."""

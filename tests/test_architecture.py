@@ -19,7 +19,7 @@ PACKAGE = ROOT / "bdx"
 # floor 0 stands in one line: a file may use those before it
 LINE = (
     "errors", "files", "split", "picture", "draws", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery",
-    "pruning", "places", "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
+    "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
 )  # fmt: skip
 FLOORS = (
     set(LINE),

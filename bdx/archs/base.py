@@ -118,8 +118,7 @@ def sheet(folder: Path) -> dict:
         raise UserError(f"{folder}/net.json: format={found!r}, expected {FORMAT!r}")
     if missing := {"arch", "num_classes", "mean", "std", "shape", "insertions", "sha256"} - set(meta):
         raise UserError(f"{folder}/net.json lacks {', '.join(sorted(missing))}")
-    fetching = {k: v for k, v in meta["arch"].items() if k in FETCHING and v not in (None, False)}
-    if fetching or ":" in str(meta["arch"].get("model_name", "")):
+    if any(fetches(node) for node in (meta["arch"], *meta["arch"].values()) if isinstance(node, dict)):
         raise UserError(f"{folder}/net.json asks a library to fetch weights ({meta['arch']}); a saved net brings its own")
     if not unaltered(meta):
         raise UserError(f"{folder}/net.json does not match its own checksum: altered, make it again")
@@ -127,6 +126,11 @@ def sheet(folder: Path) -> dict:
     if not weights.is_file() or meta["sha256"] != file_sha256(weights):
         raise UserError(f"{weights} is missing or does not match its checksum: truncated or altered, make it again")
     return meta
+
+
+def fetches(arch: dict) -> bool:
+    """Whether an architecture's arguments make a library load weights from elsewhere."""
+    return any(v not in (None, False) for k, v in arch.items() if k in FETCHING) or ":" in str(arch.get("model_name", ""))
 
 
 def load(folder: Path | str) -> Classifier:

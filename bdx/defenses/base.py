@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 
 import pytorch_lightning as pl
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdx import surgery
-from bdx.datasets.base import ImageData
+from bdx import places, surgery
+from bdx.archs.base import build
+from bdx.contrastive import Projector, contrast, nt_xent
+from bdx.datasets.base import Batches, ImageData
 from bdx.errors import UserError
-from bdx.training import at_least_one, optimizers
+from bdx.split import Split, pixels
+from bdx.training import at_least_one, optimizers, try_out
+from bdx.views import Twice
 
 
 class Defense(pl.LightningModule):
@@ -44,6 +50,13 @@ class Defense(pl.LightningModule):
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         """make_trainer(stage, epochs) -> a Trainer for one stage. Returns the repaired net, in any mode."""
         raise NotImplementedError(f"{type(self).__name__} must say how it repairs a net")
+
+    def renew(self, names: tuple[str, ...] = ("normalize", "body")) -> None:
+        """The named modules get the weights of a net just built."""
+        spec = {k: v for k, v in self.net.spec.items() if k != "arch"}
+        fresh = build(self.net.spec["arch"], **spec | {"shape": tuple(spec["shape"])})
+        for name in names:
+            self.net.get_submodule(name).load_state_dict(fresh.get_submodule(name).state_dict())
 
 
 class Tuning(Defense):
@@ -78,3 +91,62 @@ class Tuning(Defense):
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         make_trainer(type(self).__name__, self.epochs).fit(self.ready(), self.batches(data))
         return self.net
+
+
+class Stage(pl.LightningModule):
+    """One loop of several: `loss(batch)`, a tensor or a dict with `loss`, is lowered by `params` and those of `extra`.
+    how: optimizer and schedule."""
+
+    def __init__(self, net: nn.Module, how: dict, loss: Callable, params: Iterable, extra: nn.Module | None):
+        super().__init__()
+        self.net, self.how, self.loss, self.extra = net, how, loss, extra
+        self.tuned = [*params, *(extra.parameters() if extra else ())]
+
+    def training_step(self, batch, _):
+        return self.loss(batch)
+
+    def configure_optimizers(self):
+        return optimizers(self.tuned, self.how["optimizer"], self.how["schedule"])
+
+
+class Staged(Defense):
+    """A defense of several loops, each a key of its YAML with epochs, batch, optimizer, schedule and what else it takes."""
+
+    def __init__(self, net: nn.Module, **stages: dict):
+        for name, how in stages.items():
+            at_least_one(f"defense.{name}", epochs=how["epochs"], batch=how["batch"])
+            try_out(f"defense.{name}", SimpleNamespace(**how))
+        super().__init__(net)
+        self.stages = stages
+
+    def batches(self, name: str, data: ImageData, split: Split, augment) -> Batches:
+        """What the loop `name` goes over; its random numbers are its own."""
+        how = {"size": self.stages[name]["batch"], "shuffle": True, "drop_last": True}
+        return data.batches(split, augment=augment, stage=1 + list(self.stages).index(name), **how)
+
+    def fit(self, name: str, batches, loss: Callable, make_trainer: Callable, params=None, extra: nn.Module | None = None):
+        """Run the loop `name`, all in train mode. params: what is tuned, by default the whole net; extra: a module that
+        the loss has besides."""
+        stage = Stage(self.net, self.stages[name], loss, self.net.parameters() if params is None else params, extra)
+        trainer = make_trainer(name, self.stages[name]["epochs"])
+        trainer.fit(stage.train(), batches)
+        self.net.to(trainer.strategy.root_device)  # from where Lightning takes it when a fit ends
+
+    def away_from(self, at: str) -> list[nn.Parameter]:
+        """The parameters outside the module named `at`."""
+        inside = set(self.net.get_submodule(at).parameters())
+        return [p for p in self.net.parameters() if p not in inside]
+
+    def learn_views(self, name: str, data: ImageData, view: Callable, make_trainer: Callable, near: Callable | None) -> str:
+        """Contrastive learning of everything before the classifier, whose name is returned. near(batch) -> (N,N), see
+        contrastive.contrast; None: SimCLR. The loop's further keys: temperature, width (of the projection)."""
+        how, at = self.stages[name], places.classifier(self.net)
+        width = math.prod(places.input_shape(self.net, at, pixels(data.train.x[:1])))
+        head = Projector(width, how["width"])
+
+        def loss(batch) -> Tensor:
+            z = head(surgery.features(self.net, at, batch.x))
+            return contrast(z, near(batch), how["temperature"]) if near else nt_xent(z, how["temperature"])
+
+        self.fit(name, self.batches(name, data, data.train, Twice(view)), loss, make_trainer, self.away_from(at), head)
+        return at

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdx import places, surgery
-from bdx.archs.base import build
 from bdx.datasets.base import ImageData
 from bdx.decoder import Decoder, total_variation
 from bdx.defenses.base import Defense
@@ -127,13 +126,6 @@ class TrapAndReplace(Defense):
         stage = Trap(self.net, self.cut.at, self.decoder, self.lambda_rec, self.lambda_tv, self.trap)
         make_trainer("trap", self.trap["epochs"]).fit(stage.train(), data.batches(train, **how))
         self.show(stage, train)
-
-    def renew(self, names: tuple[str, ...]) -> None:
-        """The named modules get the weights of a net just built."""
-        spec = {k: v for k, v in self.net.spec.items() if k != "arch"}
-        fresh = build(self.net.spec["arch"], **spec | {"shape": tuple(spec["shape"])})
-        for name in names:
-            self.net.get_submodule(name).load_state_dict(fresh.get_submodule(name).state_dict())
 
     @contextmanager
     def dropout(self) -> Iterator[None]:
