@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 from bdx.errors import UserError, nearest
@@ -20,6 +21,8 @@ HELP = """bdx: train backdoored image classifiers, repair them, and measure how 
   bdx attack=NAME defense=NAME [dataset=NAME arch=NAME train=NAME] [key=value …]   one cell of a table
   bdx experiment=demo              a preset: a whole cell in a minute, nothing to download
   bdx -m attack=badnets,blended defense=ft,npd seed=0,1,2                          a grid, by Hydra's multirun
+  bdx sweep PAPER/TABLE [scale=smoke|cpu|paper] [--dry-run]                        a paper's table; without a name, all
+  bdx table PAPER/TABLE [scale=…] [--format md|csv|tex|html]                       its rows beside the printed numbers
   bdx info [attacks|defenses|datasets|archs|layers]                                what there is
   bdx figure NAME [RUN_ID] [key=value …]                                           a paper's figure of a run that is done
   bdx data prepare NAME [key=value …] | bdx data list                              image caches
@@ -85,10 +88,8 @@ def dispatch(argv: list[str]) -> int:
         return info(argv[1:])
     if argv[0] == "data":
         return data(argv[1:])
-    if argv[0] == "figure":
-        from bdx.figures import figure
-
-        return figure(argv[1:])
+    if argv[0] in (command := {"figure": "figures", "sweep": "sweep", "table": "tables"}):
+        return getattr(import_module(f"bdx.{command[argv[0]]}"), argv[0])(argv[1:])
     if any(a in ("-m", "--multirun") for a in argv):
         return multirun(argv)
     if any(a.split("=")[0] in HYDRAS_OWN for a in argv):
@@ -100,7 +101,7 @@ def dispatch(argv: list[str]) -> int:
         compose(words)  # Hydra would answer a mistake at length
         return hydra_main([*words, *(a for a in argv if not is_word(a))], lambda cfg: None)  # in one piece, as it wants
     if unknown := [a for a in argv if not is_word(a)]:
-        near = nearest(unknown[0], ["info", "data", "figure", "help"])
+        near = nearest(unknown[0], ["info", "data", "figure", "sweep", "table", "help"])
         raise UserError(f"{unknown[0]}: neither a command{near} nor key=value; `bdx --help` shows what there is")
     return single(argv)
 

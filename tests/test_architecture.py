@@ -20,10 +20,11 @@ FLOORS = (
     {
         "errors", "files", "split", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery", "places",
         "adversarial", "build", "recipe", "imagefile", "store", "results", "configure",
+        "agreement", "layout", "composer", "grid",
     },
     {"datasets", "archs", "training"},
     {"attacks", "defenses"},
-    {"evaluate", "tracking", "screen"},
+    {"evaluate", "tracking", "screen", "comparison"},
     {"run", "info", "tables", "figures", "report"},
     {"sweep", "engines"},
     {"cli"},
@@ -94,6 +95,10 @@ def floor_zero(own: str, other: str) -> bool:
         "store",
         "results",
         "configure",
+        "agreement",
+        "layout",
+        "composer",
+        "grid",
     ]
     return own in line and other in line and line.index(other) < line.index(own)
 
@@ -103,7 +108,7 @@ def test_lightning_is_imported_under_one_name():
         assert not any(n == "lightning" or n.startswith("lightning.") for n in imports(path)), path
 
 
-@pytest.mark.parametrize("module", ["cli", "configure", "recipe", "results", "errors", "info"])
+@pytest.mark.parametrize("module", ["cli", "configure", "recipe", "results", "errors", "info", "grid", "tables", "sweep"])
 def test_what_runs_before_a_run_imports_no_torch(module):
     heavy = ("torch", "pytorch_lightning", "pandas", "wandb")
     code = f"import sys, bdx.{module}; sys.exit(any(m in sys.modules for m in {heavy}))"
