@@ -150,10 +150,16 @@ def show(rows: list[dict], cfg) -> None:
 
 def multirun(argv: list[str]) -> int:
     """Hydra's multirun; a cell that fails is named at the end and does not stop the others."""
-    from bdx.configure import named
+    from bdx.configure import compose, named
     from bdx.files import writable
+    from bdx.multirun import cells_of, table_of
 
-    writable(Path(first_cell(argv).paths.out).expanduser(), "paths.out or BDX_OUT")
+    if name := table_of(argv):
+        cells, argv = cells_of(name, argv)
+        first = compose(list(cells[0]))
+    else:
+        first = first_cell(argv)
+    writable(Path(first.paths.out).expanduser(), "paths.out or BDX_OUT")
     done, failed = [], []
 
     def cell(cfg):

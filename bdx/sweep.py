@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bdx import files, grid, results
-from bdx.comparison import printed_cells
+from bdx.comparison import norm, printed_cells
 from bdx.composer import Composer
 from bdx.configure import compose
 from bdx.engines import engine
@@ -72,11 +72,16 @@ def identified(cell: Cell, composer: Composer, data: Path, fetch: bool) -> Cell:
     return replace(cell, run=run, backdoor=backdoor)
 
 
+def shape(asked: dict) -> tuple:
+    """What makes trainings comparable, besides their names."""
+    return tuple(sorted((k, norm(v)) for k, v in asked.items() if k.startswith(("arch.", "train."))))
+
+
 def estimate(todo: list[Cell], plan: Plan, composer: Composer) -> float | None:
     """Seconds of one slot, from rows of the same data set, net and training; None where no row tells."""
     attacks, defenses = defaultdict(list), defaultdict(list)
     for row in results.rows(plan.paths["results"], grid.EXPERIMENTS / "results"):
-        where = (row["dataset"], row["arch"], row["train"])
+        where = (row["dataset"], row["arch"], row["train"], shape(row))
         for of in (where, (*where, row["attack"])):
             attacks[of].append(row["seconds_attack"])
         for of in (where, (*where, row["defense"])):
@@ -84,7 +89,8 @@ def estimate(todo: list[Cell], plan: Plan, composer: Composer) -> float | None:
     total, trained = 0.0, set()
     for cell in todo:
         names = composer.plain(cell.words)["names"]
-        where = (names["dataset"], names["arch"], names["train"])
+        asked = dict(w.lstrip("+").split("=", 1) for w in cell.words if "=" in w)
+        where = (names["dataset"], names["arch"], names["train"], shape(asked))
         if where not in attacks:
             return None
         total += median(defenses.get((*where, names["defense"]), defenses[where]))
@@ -176,11 +182,10 @@ def follow(drive: Drive, console: Console) -> None:
         task = bar.add_task("", total=total)
         while drive.left:
             for o in drive.step(0.5):
-                why = f": {o.reason}" if o.reason else ""
-                done = len(drive.finished) + len(drive.failed)
+                why, done = f": {o.reason}" if o.reason else "", total - drive.left
                 at = " ".join(f"{k}={v}" for k, v in drive.cells[o.job.id].at.items())
                 bar.console.print(f"[{done}/{total}] {o.state} in {spoken(o.seconds)}  {at}{why}", soft_wrap=True, markup=False)
-            done = len(drive.finished) + len(drive.failed)
+            done = total - drive.left
             eta = f", about {spoken((time.monotonic() - started) / done * drive.left)} left" if done else ""
             text = f"{len(drive.engine.running())} running, {len(drive.failed)} failed{eta}"
             bar.update(task, completed=done, description=text)
@@ -202,8 +207,8 @@ def sweep(argv: list[str]) -> int:
         return 0
     for place in ("store", "nets", "results"):
         files.writable(found.paths[place], f"paths.{place}, paths.out or BDX_OUT")
-    slots = int(options["slots"]) if "slots" in options else None
-    runner = engine(options.get("engine", "local"), slots=slots, folder=found.paths["out"] / "sweep")
+    slots, kind = int(options.get("slots", 0)), options.get("engine", "local")
+    runner = engine(kind, slots=slots or None, folder=found.paths["out"] / "sweep")
     try:
         follow(drive := Drive(found, todo, runner), console)
     finally:
@@ -213,8 +218,9 @@ def sweep(argv: list[str]) -> int:
 
 def report(drive: Drive, argv: list[str], say) -> int:
     """What was done, and what failed, why, and how to try it again."""
-    busy = sum(o.seconds - o.busy for o in drive.finished) / max(1, len(drive.finished))
-    say(f"{len(drive.finished)} done, {len(drive.failed)} failed; {busy:.2f} s per cell beside the runs themselves")
+    beside = [o.seconds - o.busy for o in drive.finished]
+    tail = f"; {median(beside):.2f} s per cell beside the run itself" if beside else ""
+    say(f"{len(drive.finished)} done, {len(drive.failed)} failed{tail}")
     for outcome in drive.failed.values():
         say(f"bdx: {outcome.state}: bdx {shlex.join(outcome.job.words)}\n  {outcome.reason}", markup=False)
     if drive.failed:
@@ -232,8 +238,8 @@ def words_of(argv: Iterable[str], flags: tuple[str, ...]) -> tuple[str | None, d
     if len(names) > 1:
         raise UserError(f"{names[1]}: expected one table, and {names[0]} is there already")
     options = {k: v for k, _, v in (w.partition("=") for w in words) if k in OPTIONS}
-    if not options.get("slots", "1").isdecimal() or options.get("slots") == "0":
-        raise UserError(f"slots={options['slots']}: expected a whole number from 1")
+    if not (slots := options.get("slots", "1")).isdecimal() or slots == "0":
+        raise UserError(f"slots={slots}: expected a whole number from 1")
     return names[0] if names else None, options, [w for w in words if w.partition("=")[0] not in OPTIONS]
 
 

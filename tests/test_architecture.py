@@ -26,7 +26,7 @@ FLOORS = (
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
     {"run", "info", "tables", "figures", "report"},
-    {"sweep", "engines"},
+    {"sweep", "multirun", "engines"},
     {"cli"},
 )  # fmt: skip
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

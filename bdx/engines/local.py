@@ -117,6 +117,7 @@ class Engine(base.Engine):
 
     def heard(self, worker: Worker, said: dict | None) -> Outcome | None:
         if said and "ready" in said:
+            worker.started = time.monotonic()  # imports are paid once, and no cell's
             return None
         if said is None:
             self.workers.remove(worker)

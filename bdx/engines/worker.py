@@ -39,29 +39,35 @@ def listen(jobs: queue.Queue) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def cell(words: tuple[str, ...], composer: Composer) -> tuple[str, str]:
-    """Run one cell: (state, reason)."""
+def cell(words: tuple[str, ...], composer: Composer) -> dict:
+    """Run one cell: the outcome. busy: seconds inside the run, without what the sweep adds."""
     import torch
 
     from bdx.grid import ids
     from bdx.run import run
+
+    started = time.monotonic()
+
+    def outcome(state: str, why: str = "") -> dict:
+        return {"state": state, "reason": why, "busy": time.monotonic() - started}
 
     try:
         cfg = composer.config(words)
         lock = Path(cfg.paths.out).expanduser() / "locks" / ids(words, composer)[0]
         lock.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{lock}.lock"):  # of two sweeps on one folder, one runs the cell and the other finds its row
+            started = time.monotonic()
             run(cfg)
-        return "done", ""
+            return outcome("done")
     except UserError as e:
-        return "refused", str(e)
+        return outcome("refused", str(e))
     except (MemoryError, torch.cuda.OutOfMemoryError) as e:
-        return "memory", one_line(e)
+        return outcome("memory", one_line(e))
     except SystemExit:  # Lightning's answer to a signal
         raise KeyboardInterrupt from None
     except Exception as e:
         traceback.print_exc()
-        return "failed", f"{e.filename}: {reason(e)}" if of_a_file(e) else one_line(e)
+        return outcome("failed", f"{e.filename}: {reason(e)}" if of_a_file(e) else one_line(e))
 
 
 def main() -> None:
@@ -80,11 +86,10 @@ def main() -> None:
     print(json.dumps({"ready": os.getpid()}), file=answers)
     try:
         while (words := jobs.get()) is not None:
-            started = time.monotonic()
             print("bdx", *words, flush=True)
-            state, why = cell(tuple(words), composer)
+            said = cell(tuple(words), composer)
             torch.cuda.empty_cache()
-            print(json.dumps({"state": state, "reason": why, "busy": time.monotonic() - started}), file=answers)
+            print(json.dumps(said), file=answers)
     except KeyboardInterrupt:
         sys.exit(130)
 
