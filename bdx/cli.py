@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 from bdx.errors import UserError, nearest
@@ -20,6 +21,8 @@ HELP = """bdx: train backdoored image classifiers, repair them, and measure how 
   bdx attack=NAME defense=NAME [dataset=NAME arch=NAME train=NAME] [key=value …]   one cell of a table
   bdx experiment=demo              a preset: a whole cell in a minute, nothing to download
   bdx -m attack=badnets,blended defense=ft,npd seed=0,1,2                          a grid, by Hydra's multirun
+  bdx sweep PAPER/TABLE [scale=smoke|cpu|paper] [--dry-run]                        a paper's table; without a name, all
+  bdx table PAPER/TABLE [scale=…] [--format md|csv|tex|html]                       its rows beside the printed numbers
   bdx info [attacks|defenses|detectors|datasets|archs|layers]                      what there is
   bdx info triggers [dataset=NAME] [key=value …]   every trigger on real images: norms, PSNR, SSIM, and a picture of all
   bdx figure NAME [RUN_ID] [key=value …]                                           a paper's figure of a run that is done
@@ -91,14 +94,8 @@ def dispatch(argv: list[str]) -> int:
         return info(argv[1:])
     if argv[0] == "data":
         return data(argv[1:])
-    if argv[0] == "detect":
-        from bdx.detect import command
-
-        return command(argv[1:])
-    if argv[0] == "figure":
-        from bdx.figures import figure
-
-        return figure(argv[1:])
+    if argv[0] in (command := {"figure": "figures", "sweep": "sweep", "table": "tables", "detect": "detect"}):
+        return getattr(import_module(f"bdx.{command[argv[0]]}"), argv[0])(argv[1:])
     if any(a in ("-m", "--multirun") for a in argv):
         return multirun(argv)
     if any(a.split("=")[0] in HYDRAS_OWN for a in argv):
@@ -110,7 +107,7 @@ def dispatch(argv: list[str]) -> int:
         compose(words)  # Hydra would answer a mistake at length
         return hydra_main([*words, *(a for a in argv if not is_word(a))], lambda cfg: None)  # in one piece, as it wants
     if unknown := [a for a in argv if not is_word(a)]:
-        near = nearest(unknown[0], ["info", "data", "figure", "detect", "help"])
+        near = nearest(unknown[0], ["info", "data", "figure", "detect", "sweep", "table", "help"])
         raise UserError(f"{unknown[0]}: neither a command{near} nor key=value; `bdx --help` shows what there is")
     return single(argv)
 
@@ -159,10 +156,16 @@ def show(rows: list[dict], cfg) -> None:
 
 def multirun(argv: list[str]) -> int:
     """Hydra's multirun; a cell that fails is named at the end and does not stop the others."""
-    from bdx.configure import named
+    from bdx.configure import compose, named
     from bdx.files import writable
+    from bdx.multirun import cells_of, table_of
 
-    writable(Path(first_cell(argv).paths.out).expanduser(), "paths.out or BDX_OUT")
+    if name := table_of(argv):
+        cells, argv = cells_of(name, argv)
+        first = compose(list(cells[0]))
+    else:
+        first = first_cell(argv)
+    writable(Path(first.paths.out).expanduser(), "paths.out or BDX_OUT")
     done, failed = [], []
 
     def cell(cfg):

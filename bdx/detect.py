@@ -25,7 +25,7 @@ AUC needs no threshold; TPR and FPR are at the method's own. `bdx info detectors
 """
 
 
-def command(argv: list[str]) -> int:
+def detect(argv: list[str]) -> int:
     if not argv or any(a in ("-h", "--help", "help") for a in argv):
         print(f"{HELP}\n  detector   {' '.join(options('detector'))}")
         return 0

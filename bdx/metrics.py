@@ -6,8 +6,10 @@ Source: Neural Polarizer (NeurIPS 2023) sec. 4.1 and D3 (ICCV 2025) sec. 4.1 for
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # tables average DERs without loading torch
+    from torch import Tensor
 
 
 def share(hit: Tensor) -> float:

@@ -47,9 +47,14 @@ def identified(dataset: dict, sha256: str) -> dict:
     return {k: v for k, v in dataset.items() if k != "source"} | {"sha256": sha256}
 
 
-def of_run(cfg: DictConfig, data_sha256: str) -> dict:
+def resolved(cfg: DictConfig | dict) -> dict:
+    """A sweep resolves its cells itself and brings a plain dict."""
+    return cfg if isinstance(cfg, dict) else OmegaConf.to_container(cfg, resolve=True)
+
+
+def of_run(cfg: DictConfig | dict, data_sha256: str) -> dict:
     """The recipe of one cell: everything but plumbing."""
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain = resolved(cfg)
     recipe = {k: v for k, v in plain.items() if k not in PLUMBING}
     return canonical(recipe | {"dataset": identified(plain["dataset"], data_sha256), "version": VERSION})
 
@@ -61,12 +66,12 @@ def of_detection(cfg: DictConfig, data_sha256: str) -> dict:
     return drop(recipe) | ({"names": drop(recipe["names"])} if "names" in recipe else {})
 
 
-def of_backdoor(cfg: DictConfig, data_sha256: str) -> dict:
+def of_backdoor(cfg: DictConfig | dict, data_sha256: str) -> dict:
     """The recipe of the backdoored weights, shared by every defense of a row.
 
     Which images a defender may trust is part of it only where they are taken away from the victim.
     """
-    plain = OmegaConf.to_container(cfg, resolve=True)
+    plain = resolved(cfg)
     recipe = {k: plain[k] for k in BACKDOOR} | {"dataset": identified(plain["dataset"], data_sha256)}
     if recipe["dataset"]["reserved"]["source"] == "train":
         recipe["dataset"] = {k: v for k, v in recipe["dataset"].items() if k != "reserved"}

@@ -47,6 +47,17 @@ def known(cfg: DictConfig, folder: Path, of: Callable) -> dict | None:
     return find(folder, recipe.digest(of(cfg, sha256)))
 
 
+def rows(*folders: Path | str) -> list[dict]:
+    """All rows of several folders, each id once; foreign files are left alone."""
+    found = {p.stem: find(folder, p.stem) for folder in reversed(folders) for p in sorted(Path(folder).glob("*.json"))}
+    return [row for row in found.values() if row]
+
+
+def foreign(folder: Path | str) -> list[Path]:
+    """JSON files that are no whole rows."""
+    return [p for p in sorted(Path(folder).glob("*.json")) if find(folder, p.stem) is None]
+
+
 def write(folder: Path | str, row: dict) -> dict:
     """Write the row last of all, by rename: a row that exists stands for a run that ended well."""
     write_atomically(path(folder, row["id"]), json.dumps(row, indent=1) + "\n")

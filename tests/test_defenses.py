@@ -25,23 +25,8 @@ from bdx.surgery import Inserted
 
 # an optional dependency; `run` refuses in one line without it (test_intrain)
 DEFENSES = [n for n in names("defense") if n != "dp" or find_spec("opacus")]
-LOOPS = [
-    "trap",
-    "replace",
-    "search",
-    "end",
-    "tuning",
-    "finetune",
-    "unlearn",
-    "recover",
-    "contrast",
-    "head",
-    "mixmatch",
-    "training",
-    "first",
-    "intra",
-    "repair",
-]
+LOOPS = ["trap", "replace", "search", "end", "tuning", "finetune", "unlearn", "recover"]
+LOOPS += ["contrast", "head", "mixmatch", "training", "first", "intra", "repair"]
 SHORT = {f"defense.{loop}.epochs": 1 for loop in LOOPS}
 SHORT |= {"defense.epochs": 1, "defense.warmup_epochs": 1, "defense.teacher_epochs": 1}
 SHORT |= {"defense.anomaly": 0.0, "defense.iterations": 2, "defense.steps": 1}

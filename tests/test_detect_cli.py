@@ -134,7 +134,7 @@ def test_a_repair_takes_no_detector(shared):
 
 
 def test_help_lists_the_detectors_and_imports_no_torch():
-    code = "import sys; from bdx.detect import command; command(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from bdx.detect import detect; detect(['--help']); sys.exit('torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert said.stdout.splitlines()[-1].split() == ["detector", *names("detector")]

@@ -1,0 +1,210 @@
+"""The rows that were measured, beside the numbers that a paper prints. No torch in here.
+
+A cell's row is found by its id, so that no row of another scale, net or data set can stand in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+
+from bdx import grid, metrics, results
+from bdx.agreement import tau, verdict
+from bdx.composer import Composer
+from bdx.grid import Cell, Table
+
+SCORES = ("acc", "asr", "der")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell: ours is one row per seed (an undefended one made from what others measured before), paper's in percent."""
+
+    cell: Cell
+    ours: list[dict] = field(default_factory=list)
+    paper: dict[str, float] = field(default_factory=dict)
+
+    def values(self, metric: str) -> list[float]:
+        return [row[metric] for row in self.ours if row.get(metric) is not None]
+
+
+def norm(value) -> str:
+    """0.10 and 0.1 are one value, as 500 and 500.0."""
+    try:
+        return repr(float(value))
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def at(row: dict, table: Table, names: dict) -> dict[str, str]:
+    """Axis -> value of a printed row. A variant such as eps=0.1;note brings columns of its own."""
+    columns = {k: row[k] for k in ("attack", "defense", "dataset", "poison_ratio", "clean_ratio")} | {"arch": row["model"]}
+    columns |= {"model": row["model"]} | {k: v for k, _, v in (p.partition("=") for p in row["variant"].split(";"))}
+    found = {k: names.get(k, {}).get(columns[k], columns[k]) for k in ("attack", "defense", "dataset", "arch")}
+    for column, to in table.printed.items():
+        value = columns.get(column)
+        if value is None:
+            continue
+        if isinstance(to, str):
+            found[to] = names.get(to, {}).get(value, value)
+        else:
+            found |= {norm(k): v for k, v in to.items()}.get(norm(value), {})
+    return {k: norm(v) for k, v in found.items()}
+
+
+def printed(table: Table) -> list[tuple[dict[str, str], str, float]]:
+    """(where, metric, number) of every number that the paper prints, averages included."""
+    names = grid.read(grid.EXPERIMENTS / "names.yaml")
+    found = []
+    for row in table.rows:
+        if row["metric"] in names["metric"]:
+            found.append((at(row, table, names), names["metric"][row["metric"]], float(row["value"])))
+    return found
+
+
+def same(place: dict[str, str], where: dict) -> bool:
+    """Whether a printed place is the one of `where`; what only one of them names does not matter."""
+    return all(norm(v) == place[k] for k, v in where.items() if k in place)
+
+
+def fixed(table: Table) -> dict[str, str]:
+    return {grid.key(w): w.partition("=")[2] for w in table.words}
+
+
+def printed_cells(table: Table, cells: list[Cell]) -> list[Cell]:
+    places = [place for place, *_ in printed(table)]
+    return [c for c in cells if any(same(p, fixed(table) | c.at) and set(c.at) <= set(p) | {"seed"} for p in places)]
+
+
+def collect(table: Table, scale: grid.Scale, words: list[str], composer: Composer, folders: Iterable[Path]) -> list[Entry]:
+    """Every cell of the table with its rows, whatever their seed, and its printed numbers."""
+    rows = {row["id"]: row for row in results.rows(*folders)}
+    table, _ = grid.asked(table, words)
+    cells = grid.cells(table, scale, words, composer)
+    cells = printed_cells(table, cells) if table.only_printed and table.rows else cells
+    seeds = sorted({row["seed"] for row in rows.values()}) if not any(grid.key(w) == "seed" for w in words) else [None]
+    images = {}
+    for row in rows.values():
+        images.setdefault(row["dataset"], set()).add(row["data_sha256"])
+    numbers = printed(table)
+    found = []
+    for cell in cells:
+        paper = {metric: n for place, metric, n in numbers if same(place, fixed(table) | cell.at)}
+        ours = [] if cell.lacks else measured(cell, seeds, images, rows, composer)
+        found.append(Entry(cell, ours, paper))
+    return [undefended(e, found) for e in found]
+
+
+def measured(cell: Cell, seeds: list, images: dict, rows: dict, composer: Composer) -> list[dict]:
+    """The rows of a cell, by id: for each seed and each version of the images that any row names."""
+    name = composer.plain(cell.words)["names"]["dataset"]
+    known = images.get(name, ())
+    found = (rows.get(id) for data in known for id in grid.run_ids(cell.words, composer, data, seeds))
+    return [row for row in found if row]
+
+
+def undefended(entry: Entry, entries: list[Entry]) -> Entry:
+    """Every row says what its net was before: an undefended cell without rows of its own is known from the others."""
+    if entry.ours or entry.cell.at.get("defense") != "none":
+        return entry
+    others = {k: v for k, v in entry.cell.at.items() if k != "defense"}
+    near = [e for e in entries if {k: v for k, v in e.cell.at.items() if k != "defense"} == others]
+    by_seed = {row["seed"]: row for e in near for row in e.ours}
+    ours = [row | {"acc": row["acc_before"], "asr": row["asr_before"], "der": None} for row in by_seed.values()]
+    return replace(entry, ours=ours)
+
+
+def averages(table: Table, entries: list[Entry]) -> list[Entry]:
+    """Over the attacks, one entry for each other point of the grid: of ours over what is measured, of the paper's over the
+    same attacks, both by the paper's own rule. At `attack` it says over how many."""
+    groups: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(tuple((k, v) for k, v in entry.cell.at.items() if k != "attack"), []).append(entry)
+    found = []
+    for key, of in groups.items():
+        have = [e for e in of if e.ours]
+        place = Cell({"attack": f"average of {len(have)} of {len(of)}"} | dict(key), ())
+        ours = [means([mine(e) for e in have], table.average)] if have else []
+        if dict(key).get("defense") == "none":
+            ours = [{k: v for k, v in row.items() if k != "der"} for row in ours]
+        found.append(Entry(place, ours, theirs(have or of, entries, table.average)))
+    return found if "attack" in table.axes and len(table.axes["attack"]) > 1 else []
+
+
+def mine(entry: Entry) -> dict[str, float]:
+    keys = ("acc", "asr", "acc_before", "asr_before")
+    return {k: mean(entry.values(k)) for k in keys if entry.values(k)}
+
+
+def theirs(of: list[Entry], entries: list[Entry], rule: str) -> dict[str, float]:
+    """The average of the printed numbers; its DER needs those without defense."""
+    before = {e.cell.at.get("attack"): e.paper for e in entries if e.cell.at.get("defense") == "none"}
+    rows = []
+    for entry in of:
+        base = before.get(entry.cell.at.get("attack"), {}) if entry.cell.at.get("defense") != "none" else {}
+        rows.append({k: v / 100 for k, v in (entry.paper | {f"{k}_before": v for k, v in base.items()}).items()})
+    return {k: 100 * v for k, v in means(rows, rule).items()}
+
+
+def means(rows: list[dict], rule: str) -> dict[str, float]:
+    """acc, asr and der averaged over rows, as far as all of them have it."""
+    found = {k: mean(r[k] for r in rows) for k in ("acc", "asr") if all(r.get(k) is not None for r in rows)}
+    if rows and all(r.get(k) is not None for r in rows for k in ("acc", "asr", "acc_before", "asr_before")):
+        found["der"] = metrics.mean_der(rows, rule)
+    return found
+
+
+def marks(entries: list[Entry], metric: str) -> dict[int, str]:
+    """id() of an entry -> best or second among the defenses of one attack; the undefended net is none."""
+    rivals = [e for e in entries if e.values(metric) and e.cell.at.get("defense") != "none"]
+    by = sorted({round(mean(e.values(metric)), 6) for e in rivals}, reverse=metric != "asr")
+    place = dict(zip(by, ("best", "second"), strict=False)) if len(by) > 1 else {}
+    return {id(e): mark for e in rivals if (mark := place.get(round(mean(e.values(metric)), 6)))}
+
+
+def agreement(entries: list[Entry]) -> dict[str, float]:
+    """Attack -> tau between our ranking of the defenses and the paper's, by DER, or by ASR where it prints no DER."""
+    found = {}
+    for attack in dict.fromkeys(e.cell.at.get("attack") for e in entries):
+        here = [e for e in entries if e.cell.at.get("attack") == attack and e.cell.at.get("defense") != "none"]
+        metric = "der" if any("der" in e.paper for e in here) else "asr"
+        pairs = [(mean(e.values(metric)), e.paper[metric]) for e in here if e.values(metric) and metric in e.paper]
+        if len(pairs) > 2 and (value := tau(pairs)) is not None:
+            found[attack] = value
+    return found
+
+
+def pairs(table: Table, entries: list[Entry]) -> tuple[list[float], int]:
+    """(by how much the claim holds in each pair, how many pairs there are cells for): a pair is one point of the grid and
+    one seed. A positive number speaks for the claim."""
+    claim, metric = table.claim, table.claim["metric"]
+    other, sign = (claim["above"], 1) if "above" in claim else (claim["below"], -1)
+    mine = [e for e in entries if chosen(e, claim["of"])]
+    if not isinstance(other, dict):
+        return [sign * (v - other) for e in mine for v in e.values(metric)], len(mine)
+    rivals = {rest(e, claim["of"]): {r["seed"]: r for r in e.ours} for e in entries if chosen(e, other)}
+    found = []
+    for entry in mine:
+        against = rivals.get(rest(entry, claim["of"]), {})
+        both = [(r[metric], against[r["seed"]][metric]) for r in entry.ours if r["seed"] in against]
+        found += [sign * (a - b) for a, b in both if None not in (a, b)]
+    return found, len(mine)
+
+
+def chosen(entry: Entry, where: dict) -> bool:
+    return all(norm(entry.cell.at.get(k)) == norm(v) for k, v in where.items())
+
+
+def rest(entry: Entry, axes: dict) -> tuple:
+    return tuple((k, v) for k, v in entry.cell.at.items() if k not in axes and k != "seed")
+
+
+def judged(table: Table, entries: list[Entry]) -> str:
+    found, wanted = pairs(table, entries)
+    word, p = verdict(found)
+    about = f"mean {100 * mean(found):+.2f} points" if found and table.claim["metric"] in SCORES else ""
+    p = f"p = {p:.3f}" if p is not None else ""
+    tail = ", ".join(t for t in (f"{len(found)} pairs, {wanted} cells wanted", about, p) if t)
+    return f"{table.claim['says']}: {word} ({tail})"

@@ -1,0 +1,213 @@
+"""grid: a paper's table in experiments/ -> its cells, and the id of each. No torch in here.
+
+A table's YAML holds the grid as Hydra's sweeper takes it, and how the paper's printed names read here; the CSV beside it
+holds the printed numbers. A scale says what stands in place of the paper's data set and net, and how much shorter it runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import yaml
+from omegaconf import OmegaConf
+
+from bdx import imagefile, recipe
+from bdx.build import instantiate
+from bdx.composer import Composer, override, resolve
+from bdx.configure import HERE, options, parse, summary
+from bdx.errors import UserError, nearest
+
+EXPERIMENTS = next(p for p in (HERE / "experiments", HERE.parent / "experiments") if p.is_dir())
+KEYS = {"defaults", "claim", "average", "words", "hydra", "printed", "only_printed"}
+CLAIM = {"says", "metric", "of", "above", "below"}
+AVERAGES = ("of_averages", "of_rows")
+CANDIDATE = ("attack", "defense", "dataset", "arch", "train")  # groups whose choices may not be there yet
+
+
+@dataclass(frozen=True)
+class Table:
+    """axes: key or group -> its values as words; printed: column of the CSV -> axis, or value -> {axis: value}."""
+
+    name: str
+    title: str
+    claim: dict
+    average: str
+    words: tuple[str, ...]
+    axes: dict[str, tuple[str, ...]]
+    printed: dict
+    only_printed: bool
+    rows: list[dict] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """words: before all others. replaces: groups of which a table's choice does not count. divide: ending of a key ->
+    what the whole numbers there are divided by, at least 1 being left."""
+
+    name: str
+    words: tuple[str, ...]
+    replaces: tuple[str, ...]
+    divide: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """at: axis -> value. words: its command. lacks: what bdx does not have, by name."""
+
+    at: dict[str, str]
+    words: tuple[str, ...]
+    lacks: str | None = None
+    run: str | None = None
+    backdoor: str | None = None
+
+
+def tables(root: Path = EXPERIMENTS) -> list[str]:
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml") if p.parent.name != "scale")
+
+
+def read(path: Path) -> dict:
+    """A YAML file with what it starts from."""
+    try:
+        node = yaml.safe_load(path.read_text())
+        if not isinstance(node, dict):
+            raise ValueError("it is no mapping")
+        first = [d for d in node.pop("defaults", []) if d != "_self_"]
+        base = read(path.parent / f"{first[0]}.yaml") if first else {}
+        return OmegaConf.to_container(OmegaConf.merge(base, node))
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as e:
+        raise UserError(f"{path} is malformed: {' '.join(str(e).split())}") from None
+
+
+def load(name: str, root: Path = EXPERIMENTS) -> Table:
+    """Raises UserError for an unknown name or a malformed file."""
+    if name not in (have := tables(root)):
+        near = nearest(name, have) or f"; there are {', '.join(have)}"
+        raise UserError(f"{name}: no such table{near}")
+    path = root / f"{name}.yaml"
+    node, printed = read(path), path.with_suffix(".csv")
+    try:
+        check(node)
+        axes = {k: values(k, v) for k, v in node["hydra"]["sweeper"]["params"].items()}
+        rows = list(csv.DictReader(printed.read_text().splitlines())) if printed.exists() else []
+        return Table(
+            name, summary(path).partition(": ")[2], node["claim"], node.get("average", AVERAGES[0]),
+            tuple(node.get("words", ())), axes, node.get("printed", {}), node.get("only_printed", False), rows,
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        text = f"{e.args[0]} is missing" if isinstance(e, KeyError) else str(e)
+        raise UserError(f"{path} is malformed: {text}") from None
+
+
+def check(node: dict) -> None:
+    """Raises ValueError, naming the key."""
+    for known, found in ((KEYS, node), (CLAIM, node["claim"])):
+        if unknown := [k for k in found if k not in known]:
+            raise ValueError(f"{unknown[0]}: no such key{nearest(unknown[0], known)}")
+    if not ({"above", "below"} & set(node["claim"]) and {"says", "metric", "of"} <= set(node["claim"])):
+        raise ValueError("claim needs says, metric, of, and above or below")
+    if node.get("average", AVERAGES[0]) not in AVERAGES:
+        raise ValueError(f"average={node['average']}: expected {' or '.join(AVERAGES)}")
+
+
+def values(key: str, text) -> tuple[str, ...]:
+    """a,b -> its values, each as it is written."""
+    found = parse([f"{key}={text}"])[0]
+    return tuple(found.sweep_string_iterator()) if found.is_sweep_override() else (found.get_value_element_as_str(),)
+
+
+def scale(name: str, root: Path = EXPERIMENTS) -> Scale:
+    have = sorted(p.stem for p in (root / "scale").glob("*.yaml"))
+    if name not in have:
+        raise UserError(f"scale={name}: expected {', '.join(have)}{nearest(name, have)}")
+    node = read(root / "scale" / f"{name}.yaml")
+    return Scale(name, tuple(node["words"]), tuple(node["replaces"]), node["divide"])
+
+
+def key(word: str) -> str:
+    return word.lstrip("+~").partition("=")[0]
+
+
+def asked(table: Table, words: Iterable[str]) -> tuple[Table, list[str]]:
+    """The table with those axes that the user's words name, and the words that are left."""
+    axes, left = dict(table.axes), []
+    for word in words:
+        o = override(word)
+        if o.key_or_group in axes or o.is_sweep_override():
+            axes[o.key_or_group] = values(o.key_or_group, word.partition("=")[2])
+        else:
+            left.append(word)
+    kept = tuple(w for w in table.words if key(w) not in {*axes, *map(key, left)})
+    return replace(table, axes=axes, words=kept), left
+
+
+def cells(table: Table, scale: Scale, words: Iterable[str], composer: Composer) -> list[Cell]:
+    """Every point of the grid, without ids. words: the user's."""
+    table, left = asked(table, words)
+    axes = {k: (f"({scale.name})",) if k in scale.replaces else v for k, v in table.axes.items()}
+    wanted = [w for w in table.words if key(w) not in scale.replaces]
+    found = []
+    for point in itertools.product(*axes.values()):
+        at = dict(zip(axes, point, strict=True))
+        own = [f"{k}={v}" for k, v in at.items() if k not in scale.replaces]
+        last = {key(w): w for w in (*scale.words, *wanted, *own, *left)}  # of two values for a key the later counts
+        found.append(whole(Cell(at, tuple(last.values())), scale, composer))
+    return found
+
+
+def whole(cell: Cell, scale: Scale, composer: Composer) -> Cell:
+    """The cell with the words of its scale, or with what it lacks."""
+    if lacks := [w for w in cell.words if key(w) in CANDIDATE and w.partition("=")[2] not in options(key(w))]:
+        return replace(cell, lacks=", ".join(lacks))
+    try:
+        plain = composer.plain(cell.words)
+    except UserError as e:
+        return replace(cell, lacks=str(e))
+    given = {key(w) for w in cell.words}
+    short = [f"{k}={n}" for k, n in shorter(plain["defense"], "defense", scale.divide) if k not in given]
+    return replace(cell, words=(*cell.words, *short))
+
+
+def shorter(node: dict, at: str, divide: dict) -> list[tuple[str, int]]:
+    """(key, what is left of it) for every whole number in `node` whose key ends as one in `divide`; the longest counts."""
+    found = []
+    for name, value in node.items():
+        here = f"{at}.{name}"
+        if isinstance(value, dict):
+            found += shorter(value, here, divide)
+        ends = [e for e in divide if here.endswith((f".{e}", f"_{e}"))]
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0 and ends:
+            found.append((here, max(1, round(value / divide[max(ends, key=len)]))))
+    return found
+
+
+@cache
+def images(source: str, folder: str) -> str:
+    """SHA-256 of a data set; its cache is made if that is not done yet. source: JSON of the node that makes it."""
+    folder = Path(resolve({"folder": folder})["folder"]).expanduser()
+    return imagefile.header(instantiate(json.loads(source))(folder))["sha256"]
+
+
+def sha256(plain: dict) -> str:
+    return images(json.dumps(plain["dataset"]["source"]), plain["paths"]["data"])
+
+
+def ids(words: tuple[str, ...], composer: Composer, data: str | None = None) -> tuple[str, str]:
+    """(run, backdoor) of a command. data: SHA-256 of its images, if known."""
+    plain = composer.plain(words)
+    data = data or sha256(plain)
+    plain = resolve({k: v for k, v in plain.items() if k not in ("paths", "logger", "trainer")})
+    return recipe.digest(recipe.of_run(plain, data)), recipe.digest(recipe.of_backdoor(plain, data))
+
+
+def run_ids(words: tuple[str, ...], composer: Composer, data: str, seeds: list[int | None]) -> list[str]:
+    """The run's id under each seed; the configuration is put together once. None: the seed that the words name."""
+    plain = composer.plain(words)
+    plain = resolve({k: v for k, v in plain.items() if k not in ("paths", "logger", "trainer")})
+    base = recipe.of_run(plain, data)
+    return [recipe.digest(base | ({} if s is None else {"seed": s})) for s in seeds]

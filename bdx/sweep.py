@@ -1,0 +1,253 @@
+"""`bdx sweep`: a paper's table as commands. Expand the grid, skip what has a row, backdoors before defenses, collect.
+
+The row files are the truth: starting a sweep again goes on where it was stopped, in whatever way it was.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bdx import files, grid, results
+from bdx.comparison import norm, printed_cells
+from bdx.composer import Composer
+from bdx.configure import compose
+from bdx.engines import engine
+from bdx.engines.base import Engine, Job, Outcome
+from bdx.errors import UserError, nearest
+from bdx.grid import Cell
+
+OPTIONS = ("scale", "engine", "slots")
+AGAIN = ("memory", "died")  # outcomes after which a cell is tried once more, alone
+
+
+@dataclass(frozen=True)
+class Plan:
+    """cells: of the table, with ids. paths: where rows, weights and images lie."""
+
+    cells: list[Cell]
+    paths: dict[str, Path]
+
+    @property
+    def runnable(self) -> list[Cell]:
+        """Each run once, though it may stand in several cells."""
+        return list({c.run or c.words: c for c in self.cells if not c.lacks}.values())
+
+    @property
+    def todo(self) -> list[Cell]:
+        return [c for c in self.runnable if c.run is None or not results.find(self.paths["results"], c.run)]
+
+    def stored(self, backdoor: str | None) -> bool:
+        return backdoor is not None and (self.paths["store"] / backdoor / "meta.json").exists()
+
+
+def plan(table: grid.Table, scale: grid.Scale, words: list[str], composer: Composer, *, fetch: bool) -> Plan:
+    """fetch: make or download the images where they are not there; else such cells stay without ids."""
+    found = grid.cells(table, scale, words, composer)
+    if table.only_printed and table.rows:
+        found = printed_cells(table, found)
+    first = next((c for c in found if not c.lacks), None)
+    if first is None:
+        lacks = sorted({c.lacks for c in found})
+        raise UserError(f"{table.name}: no cell can run, bdx has no {'; '.join(lacks[:8])}")
+    paths = {k: Path(v).expanduser() for k, v in compose(list(first.words)).paths.items()}  # all words are checked here
+    return Plan([identified(c, composer, paths["data"], fetch) for c in found], paths)
+
+
+def identified(cell: Cell, composer: Composer, data: Path, fetch: bool) -> Cell:
+    if cell.lacks:
+        return cell
+    name = composer.plain(cell.words)["dataset"]["name"]
+    if not fetch and not any(data.glob(f"{name}*.safetensors")):
+        return cell
+    run, backdoor = grid.ids(cell.words, composer)
+    return replace(cell, run=run, backdoor=backdoor)
+
+
+def shape(asked: dict) -> tuple:
+    """What makes trainings comparable, besides their names."""
+    return tuple(sorted((k, norm(v)) for k, v in asked.items() if k.startswith(("arch.", "train."))))
+
+
+def estimate(todo: list[Cell], plan: Plan, composer: Composer) -> float | None:
+    """Seconds of one slot, from rows of the same data set, net and training; None where no row tells."""
+    attacks, defenses = defaultdict(list), defaultdict(list)
+    for row in results.rows(plan.paths["results"], grid.EXPERIMENTS / "results"):
+        where = (row["dataset"], row["arch"], row["train"], shape(row))
+        for of in (where, (*where, row["attack"])):
+            attacks[of].append(row["seconds_attack"])
+        for of in (where, (*where, row["defense"])):
+            defenses[of].append(row["seconds_defense"])
+    total, trained = 0.0, set()
+    for cell in todo:
+        names = composer.plain(cell.words)["names"]
+        asked = dict(w.lstrip("+").split("=", 1) for w in cell.words if "=" in w)
+        where = (names["dataset"], names["arch"], names["train"], shape(asked))
+        if where not in attacks:
+            return None
+        total += median(defenses.get((*where, names["defense"]), defenses[where]))
+        if cell.backdoor not in trained and not plan.stored(cell.backdoor):
+            total += median(attacks.get((*where, names["attack"]), attacks[where]))
+        trained.add(cell.backdoor)
+    return total
+
+
+def spoken(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> None:
+    """The plan, in a few lines."""
+    runnable, missing = plan.runnable, [c for c in plan.cells if c.lacks]
+    say(f"{name}: {len(plan.cells)} cells, {len(runnable)} can run, {len(runnable) - len(todo)} done, {len(todo)} to do")
+    wanted = {c.backdoor for c in runnable}
+    new = {c.backdoor for c in todo if not plan.stored(c.backdoor)}
+    say(f"backdoors: {len(wanted)}, of which {len(new)} are still to be trained")
+    if todo:
+        seconds = estimate(todo, plan, composer)
+        say(f"time: {'no earlier row tells' if seconds is None else f'about {spoken(seconds)} of one slot, by earlier rows'}")
+    if any(c.run is None for c in runnable):
+        say("images: not there yet, so nothing of this can be done; they are made or downloaded by the sweep itself")
+    lacking = defaultdict(int)
+    for cell in missing:
+        for lack in cell.lacks.split(", "):
+            lacking[lack] += 1
+    if missing:
+        say(f"missing: {len(missing)} cells, for want of {', '.join(f'{k} ({n})' for k, n in sorted(lacking.items()))}")
+
+
+class Drive:
+    """Submit each backdoor's first cell, the others when it is there; a cell whose process died is tried again, alone."""
+
+    def __init__(self, plan: Plan, todo: list[Cell], engine: Engine):
+        self.plan, self.engine = plan, engine
+        self.cells = {c.run: c for c in todo}
+        self.failed: dict[str, Outcome] = {}
+        self.finished: list[Outcome] = []
+        self.leads: dict[str, int] = defaultdict(int)
+        self.waiting: dict[str, list[Cell]] = defaultdict(list)
+        for cell in sorted(todo, key=lambda c: c.at.get("defense") != "none"):  # an undefended cell is a backdoor, no more
+            self.waiting[cell.backdoor].append(cell)
+        for backdoor in list(self.waiting):
+            self.release(backdoor, there=plan.stored(backdoor))
+
+    def release(self, backdoor: str, there: bool) -> None:
+        """Submit all that wait for a backdoor, or else the next cell that trains it; two may fail at that."""
+        cells = self.waiting.pop(backdoor, [])
+        if not there and self.leads[backdoor] < 2:
+            cells, self.waiting[backdoor] = cells[:1], cells[1:]
+            self.leads[backdoor] += 1
+        elif not there:
+            self.failed |= {c.run: Outcome(Job(c.run, c.words), "failed", "its backdoor failed twice") for c in cells}
+            return
+        for cell in cells:
+            self.engine.submit(Job(cell.run, cell.words))
+
+    @property
+    def left(self) -> int:
+        return len(self.cells) - len(self.finished) - len(self.failed)
+
+    def step(self, seconds: float) -> list[Outcome]:
+        """What has ended for good."""
+        ended = []
+        for outcome in self.engine.wait(seconds):
+            job, cell = outcome.job, self.cells[outcome.job.id]
+            if outcome.state == "done" and not results.find(self.plan.paths["results"], job.id):
+                outcome = replace(outcome, state="failed", reason="it ended well but left no row")
+            if outcome.state in AGAIN and not job.alone:
+                self.engine.submit(replace(job, alone=True))
+                continue
+            if outcome.state == "done":
+                self.finished.append(outcome)
+            else:
+                self.failed[job.id] = outcome
+            ended.append(outcome)
+            self.release(cell.backdoor, there=outcome.state == "done" or self.plan.stored(cell.backdoor))
+        return ended
+
+
+def follow(drive: Drive, console: Console) -> None:
+    """Until nothing is left, with a bar on a terminal and a line per cell."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    started, total = time.monotonic(), len(drive.cells)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        while drive.left:
+            for o in drive.step(0.5):
+                why, done = f": {o.reason}" if o.reason else "", total - drive.left
+                at = " ".join(f"{k}={v}" for k, v in drive.cells[o.job.id].at.items())
+                bar.console.print(f"[{done}/{total}] {o.state} in {spoken(o.seconds)}  {at}{why}", soft_wrap=True, markup=False)
+            done = total - drive.left
+            eta = f", about {spoken((time.monotonic() - started) / done * drive.left)} left" if done else ""
+            text = f"{len(drive.engine.running())} running, {len(drive.failed)} failed{eta}"
+            bar.update(task, completed=done, description=text)
+
+
+def sweep(argv: list[str]) -> int:
+    """`bdx sweep NAME [scale=…] [engine=local] [slots=N] [key=value …] [--dry-run]`; without a name, what there is."""
+    name, options, words = words_of(argv, ("--dry-run",))
+    say = (console := Console(highlight=False, soft_wrap=True)).print
+    if name is None:
+        return overview(options.get("scale", "cpu"), say)
+    composer, started = Composer(), time.monotonic()
+    table, scale = grid.load(name), grid.scale(options.get("scale", "paper"))
+    found = plan(table, scale, words, composer, fetch=not (dry := "--dry-run" in argv))
+    todo = found.todo
+    show(name, found, todo, composer, say)
+    if dry or not todo:
+        say(f"planned in {time.monotonic() - started:.1f} s; `bdx table {name} scale={scale.name}` shows the rows")
+        return 0
+    for place in ("store", "nets", "results"):
+        files.writable(found.paths[place], f"paths.{place}, paths.out or BDX_OUT")
+    slots, kind = int(options.get("slots", 0)), options.get("engine", "local")
+    runner = engine(kind, slots=slots or None, folder=found.paths["out"] / "sweep")
+    try:
+        follow(drive := Drive(found, todo, runner), console)
+    finally:
+        runner.close()
+    return report(drive, argv, say)
+
+
+def report(drive: Drive, argv: list[str], say) -> int:
+    """What was done, and what failed, why, and how to try it again."""
+    beside = [o.seconds - o.busy for o in drive.finished]
+    tail = f"; {median(beside):.2f} s per cell beside the run itself" if beside else ""
+    say(f"{len(drive.finished)} done, {len(drive.failed)} failed{tail}")
+    for outcome in drive.failed.values():
+        say(f"bdx: {outcome.state}: bdx {shlex.join(outcome.job.words)}\n  {outcome.reason}", markup=False)
+    if drive.failed:
+        say(f"to try them again: bdx sweep {shlex.join(argv)}", markup=False)
+    return 1 if drive.failed else 0
+
+
+def words_of(argv: Iterable[str], flags: tuple[str, ...]) -> tuple[str | None, dict[str, str], list[str]]:
+    """(table, options, overrides)."""
+    left = [a for a in argv if a not in flags]
+    if unknown := [a for a in left if a.startswith("-")]:
+        raise UserError(f"{unknown[0]}: no such flag{nearest(unknown[0], flags)}; there are {', '.join(flags)}")
+    words = [a for a in left if "=" in a]
+    names = [a for a in left if a not in words]
+    if len(names) > 1:
+        raise UserError(f"{names[1]}: expected one table, and {names[0]} is there already")
+    options = {k: v for k, _, v in (w.partition("=") for w in words) if k in OPTIONS}
+    if not (slots := options.get("slots", "1")).isdecimal() or slots == "0":
+        raise UserError(f"slots={slots}: expected a whole number from 1")
+    return names[0] if names else None, options, [w for w in words if w.partition("=")[0] not in OPTIONS]
+
+
+def overview(scale: str, say) -> int:
+    """Every table, with the cells that can run."""
+    composer = Composer()
+    for name in grid.tables():
+        table = grid.load(name)
+        found = grid.cells(table, grid.scale(scale), [], composer)
+        say(f"{name:<18} {sum(not c.lacks for c in found):>3} of {len(found):>3} cells can run  {table.title}", markup=False)
+    return 0

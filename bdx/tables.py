@@ -1,0 +1,109 @@
+"""`bdx table`: a paper's table as it was measured here, laid out. No torch in here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+from bdx import grid, results
+from bdx.comparison import SCORES, Entry, agreement, averages, collect, judged, marks
+from bdx.composer import Composer, resolve
+from bdx.errors import UserError, one_of
+from bdx.grid import Table
+from bdx.layout import FORMATS, Text
+
+
+def number(values: list[float], metric: str) -> str:
+    """Mean ± sd over seeds; percent, or seconds."""
+    if not values:
+        return "–"
+    factor = 1 if metric.startswith("seconds") else 100
+    tail = f" ± {factor * stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{factor * mean(values):.2f}{tail}"
+
+
+def fields(entry: Entry, metrics_: list[str], marked: dict[str, dict[int, str]]) -> list[Text]:
+    found = []
+    for metric in metrics_:
+        values, theirs = entry.values(metric), entry.paper.get(metric)
+        factor = 1 if metric.startswith("seconds") else 100
+        gap = f"{factor * mean(values) - theirs:+.2f}" if values and theirs is not None else "–"
+        mark = marked.get(metric, {}).get(id(entry), "")
+        found += [Text(number(values, metric), mark), Text("–" if theirs is None else f"{theirs:.2f}"), Text(gap)]
+    return found
+
+
+def laid_out(table: Table, entries: list[Entry]) -> tuple[list[str], list[list[Text]]]:
+    """Head and rows, by attack, the averages last."""
+    axes = [a for a in table.axes if a != "seed"]
+    extra = [table.claim["metric"]] if table.claim["metric"] not in SCORES else []
+    names = [*SCORES, *extra]
+    head = [*axes, *(h for m in names for h in (m.upper() if m in SCORES else m, "paper", "Δ")), "n"]
+    rows = []
+    for group in by_attack([*entries, *averages(table, entries)]):
+        marked = {m: marks(group, m) for m in names}
+        for e in group:
+            n = f"missing: {e.cell.lacks}" if e.cell.lacks else str(len(e.ours))
+            rows.append([*(Text(str(e.cell.at.get(a, ""))) for a in axes), *fields(e, names, marked), Text(n)])
+    return head, rows
+
+
+def by_attack(entries: list[Entry]) -> list[list[Entry]]:
+    """Entries that are ranked against each other stand together: one attack, and one value of all that makes it."""
+    groups: dict[tuple, list[Entry]] = {}
+    for e in entries:
+        made = tuple((k, v) for k, v in e.cell.at.items() if k.split(".")[0] != "defense")
+        attack = e.cell.at.get("attack", "")
+        groups.setdefault((("average",), *made[1:]) if attack.startswith("average") else made, []).append(e)
+    return list(groups.values())
+
+
+def notes(table: Table, entries: list[Entry]) -> list[str]:
+    """The claim, the agreement, and what the rows were measured on."""
+    rows = list({r["id"]: r for e in entries for r in e.ours}.values())
+    found = [f"claim: {judged(table, entries)}"]
+    if ranks := agreement(entries):
+        found.append(
+            "Kendall's tau of the defenses, ours against the paper's: " + ", ".join(f"{k} {v:.2f}" for k, v in ranks.items())
+        )
+    rule = {"of_averages": "the DER of the averaged ACC and ASR", "of_rows": "the mean of the rows' DERs"}[table.average]
+    found.append(f"average DER: {rule}, as in the paper; of attacks that are measured, on both sides")
+    if rows:
+        of = {k: sorted({str(r.get(k)) for r in rows}) for k in ("seed", "dataset", "arch", "train", "device", "torch")}
+        days = sorted(r["finished"][:10] for r in rows if r.get("finished"))
+        about = "; ".join(f"{k} {', '.join(v)}" for k, v in of.items())
+        found.append(f"{len(rows)} rows; {about}; {days[0]} to {days[-1]}" if days else f"{len(rows)} rows; {about}")
+    if lacks := sorted({e.cell.lacks for e in entries if e.cell.lacks}):
+        found.append(f"missing: {len([e for e in entries if e.cell.lacks])} cells, for want of {'; '.join(lacks)}")
+    return found
+
+
+def table(argv: list[str]) -> int:
+    """`bdx table NAME [scale=…] [key=value …] [--format md|csv|tex|html]`."""
+    form, argv = option(argv, "--format", "md")
+    one_of("--format", form, FORMATS)
+    names, words = [a for a in argv if "=" not in a], [a for a in argv if "=" in a]
+    if len(names) != 1 or names[0].startswith("-"):
+        raise UserError(f"expected `bdx table NAME [scale=…] [--format md|csv|tex|html]`; there are {', '.join(grid.tables())}")
+    size = next((w.partition("=")[2] for w in words if w.startswith("scale=")), "paper")
+    words = [w for w in words if not w.startswith("scale=")]
+    asked, scale, composer = grid.load(names[0]), grid.scale(size), Composer()
+    plain = resolve({"paths": composer.plain(tuple(w for w in words if w.startswith("paths.")))["paths"]})
+    folder = Path(plain["paths"]["results"]).expanduser()
+    found = collect(asked, scale, words, composer, (folder, grid.EXPERIMENTS / "results"))
+    now, _ = grid.asked(asked, words)
+    print(FORMATS[form](f"{asked.name}, scale={scale.name}: {asked.title}", *laid_out(now, found), notes(now, found)), end="")
+    for path in results.foreign(folder):
+        print(f"bdx: {path} is no result row, or not whole; it was left out", file=sys.stderr)
+    return 0
+
+
+def option(argv: list[str], name: str, default: str) -> tuple[str, list[str]]:
+    """--name VALUE or --name=VALUE, and the words without it."""
+    for i, word in enumerate(argv):
+        if word == name and i + 1 < len(argv):
+            return argv[i + 1], argv[:i] + argv[i + 2 :]
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2], argv[:i] + argv[i + 1 :]
+    return default, argv
