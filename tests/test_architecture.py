@@ -30,8 +30,8 @@ FLOORS = (
     {"evaluate", "tracking", "screen", "comparison"},
     {"backdoor"},
     {"run", "info", "tables", "figures", "report"},
-    {"sweep", "multirun", "engines", "triggers", "detection"},
-    {"detect"},
+    {"multirun", "engines", "triggers", "detection"},
+    {"sweep", "detect"},
     {"cli"},
 )  # fmt: skip
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}

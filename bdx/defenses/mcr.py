@@ -1,7 +1,7 @@
 """MCR: a net from the curve of low clean loss between the attacked net and its fine-tuned copy.
 
-Source: Zhao et al., Bridging Mode Connectivity in Loss Landscapes and Adversarial Robustness, ICLR 2020,
-arXiv 2005.00060; sec. 3.
+Source: Zhao et al., Bridging Mode Connectivity in Loss Landscapes and Adversarial Robustness, ICLR 2020, arXiv 2005.00060;
+sec. 3.
 
     θ(t) = Σ_i C(n,i) tⁱ(1−t)ⁿ⁻ⁱ P_i,   P_0 the attacked net, P_n the copy, the others learned:
     min of CE(f_θ(t)(x), y),   t uniform in [0,1] for each batch
