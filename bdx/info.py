@@ -117,7 +117,7 @@ def info(argv: list[str]) -> int:
     if argv[:1] == ["layers"]:
         return layers(argv[1:])
     if argv and argv[0] not in KINDS:
-        have = [*KINDS, "layers", "triggers"]
+        have = [*KINDS, "triggers", "layers"]
         raise UserError(f"bdx info {argv[0]}: expected one of {', '.join(have)}{nearest(argv[0], have)}")
     for title in argv[:1] or KINDS:
         found = rows(KINDS[title])
