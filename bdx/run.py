@@ -18,7 +18,7 @@ from bdx.archs import base as archs
 from bdx.attacks.base import Attack
 from bdx.attacks.made import Made
 from bdx.build import instantiate
-from bdx.configure import compose
+from bdx.configure import choice
 from bdx.datasets import base as datasets
 from bdx.defenses.base import Defense
 from bdx.errors import UserError
@@ -118,7 +118,7 @@ def equip(cfg, attack: Made, data: datasets.ImageData, stored: store.Store, trai
     """Give the attack what it is made of: from the store, or made now, with a clean net where it asks for one."""
     clean = copy.deepcopy(cfg)
     with open_dict(clean):
-        clean.attack = compose(["attack=none"]).attack
+        clean.attack = choice("attack", "none")
     net_recipe = recipe.of_backdoor(clean, data.sha256) if attack.surrogate else None
 
     def make(_) -> tuple[dict, dict]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from functools import cache
 from pathlib import Path
 
+import hydra
+import hydra.utils
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, build_attack, names, paths
+from conftest import CONF, TINY, build_attack, names, paths
+from omegaconf import OmegaConf
 from PIL import Image
 
 import bdx.run
 from bdx import recipe
 from bdx.attacks.made import Made
-from bdx.configure import compose
+from bdx.configure import choice, compose
 from bdx.errors import UserError
 from bdx.figures.stored import Stored
 from bdx.store import Store
@@ -65,11 +69,14 @@ def test_the_surrogate_is_the_net_of_clean_training(trojan, tmp_path, monkeypatc
     monkeypatch.setattr(bdx.run, "fit", lambda *_: pytest.fail("trained again"))
     row = run(root, "attack=none")
     assert kept(root) == kept(trojan[0])
-    assert digest_of(asset(root)) == row["backdoor"]
+    assert asset(root).meta["recipe"]["surrogate"] == row["backdoor"]
 
 
-def digest_of(made) -> str:
-    return made.meta["recipe"]["surrogate"]
+@pytest.mark.parametrize("name", ["none", "smooth_gtsrb"])
+def test_a_choice_is_read_as_hydra_reads_it_even_while_hydra_is_busy(name):
+    wanted = composed(name).attack
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):  # as in the middle of a multirun
+        assert choice("attack", name) == wanted
 
 
 def test_other_ratios_and_targets_reuse_it(trojan, tmp_path):
@@ -125,46 +132,48 @@ def test_the_impossible_is_refused_before_the_surrogate_is_trained(overrides, te
 # ids
 
 
-def id_of(name: str, *overrides: str, surrogate: dict | None = None) -> str:
-    cfg = compose([f"attack={name}", *overrides])
-    cls = type_of(cfg)
+@cache
+def composed(name: str):
+    return compose([f"attack={name}"])
+
+
+def id_of(name: str, surrogate: dict | None = None, **changes) -> str:
+    """changes: keys of the attack, or dotted ones of the whole."""
+    cfg, cls = composed(name).copy(), type_of(name)
+    for key, value in changes.items():
+        OmegaConf.update(cfg, key if "." in key or key == "seed" else f"attack.{key}", value)
     return recipe.digest(recipe.of_asset(cfg, "pixels", cls.shapeless(), surrogate if cls.surrogate else None))
 
 
-def type_of(cfg) -> type:
-    import hydra.utils
-
-    return hydra.utils.get_object(cfg.attack._target_)
+def type_of(name: str) -> type:
+    return hydra.utils.get_object(composed(name).attack._target_)
 
 
-MADE = [n for n in names("attack") if issubclass(type_of(compose([f"attack={n}"])), Made)]
+MADE = [n for n in names("attack") if issubclass(type_of(n), Made)]
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_how_many_are_poisoned_does_not_shape_it_and_everything_else_does(name):
-    base = id_of(name, surrogate={"a": 1})
-    other = ["attack.ratio=0.01", "attack.ratio_of=candidates", "attack.select=first", "attack.include_target=false"]
-    assert id_of(name, *other, surrogate={"a": 1}) == base
-    cls = type_of(compose([f"attack={name}"]))
-    assert (id_of(name, "attack.target=4", surrogate={"a": 1}) != base) == cls.aimed
-    assert (id_of(name, surrogate={"a": 2}) != base) == cls.surrogate
-    assert id_of(name, "seed=1", surrogate={"a": 1}) != base
-    cfg = compose([f"attack={name}"]).attack
-    own = [k for k, v in cfg.items() if k not in cls.shapeless() | {"target", "_target_"} and isinstance(v, int | float)]
+    of = lambda **changes: id_of(name, {"a": 1}, **changes)
+    assert of(ratio=0.01, ratio_of="candidates", select="first", include_target=False) == of()
+    cls, node = type_of(name), composed(name).attack
+    assert (of(target=4) != of()) == cls.aimed
+    assert (id_of(name, {"a": 2}) != of()) == cls.surrogate
+    assert of(seed=1) != of()
+    own = [k for k, v in node.items() if k not in cls.shapeless() | {"target"} and isinstance(v, int | float)]
     assert own
     for key in own:
-        assert id_of(name, f"attack.{key}={cfg[key] * 2}", surrogate={"a": 1}) != base, key
+        assert of(**{key: node[key] * 2}) != of(), key
 
 
 @pytest.mark.parametrize(
-    ("name", "override"),
-    [("lc", "amplitude=0.1"), ("narcissus", "amplify=1.0"), ("refool", "alpha=0.5"), ("ssba", "labels=all2all")],
+    ("name", "change"), [("lc", {"amplitude": 0.1}), ("narcissus", {"amplify": 1.0}), ("refool", {"alpha": 0.5})]
 )
-def test_what_acts_later_does_not_shape_it(name, override):
-    assert id_of(name, f"attack.{override}") == id_of(name)
+def test_what_acts_later_does_not_shape_it(name, change):
+    assert id_of(name, **change) == id_of(name)
 
 
 def test_images_taken_from_the_victim_are_part_of_it():
-    held, more = (id_of("ssba", "dataset.reserved.source=held_out", f"dataset.reserved.ratio={r}") for r in (0.05, 0.1))
-    assert len({held, more, id_of("ssba")}) == 3
-    assert id_of("ssba", "dataset.reserved.ratio=0.1") == id_of("ssba")
+    of = lambda source, ratio: id_of("ssba", **{"dataset.reserved.source": source, "dataset.reserved.ratio": ratio})
+    assert len({of("held_out", 0.05), of("held_out", 0.1), of("train", 0.05)}) == 3
+    assert of("train", 0.1) == of("train", 0.05) == id_of("ssba")

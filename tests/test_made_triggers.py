@@ -212,9 +212,7 @@ def test_ssba_is_another_change_in_each_image_and_of_the_louder_secret(ssba, dig
 
 
 def test_narcissus_is_what_a_clean_net_takes_for_the_target_class(digits, linear):
-    attack = build_attack(
-        digits, "attack=narcissus", "attack.target=2", "attack.rounds=12", "attack.batch=75", "attack.lr=0.01"
-    )
+    attack = build_attack(digits, "attack=narcissus", "attack.target=2", "attack.rounds=8", "attack.batch=75", "attack.lr=0.02")
     said = []
     made, facts = attack.make(digits, linear, lambda *a: said.append(a))
     noise = made["noise"]
@@ -225,7 +223,7 @@ def test_narcissus_is_what_a_clean_net_takes_for_the_target_class(digits, linear
     towards = linear[1].weight[2] - linear[1].weight[[0, 1, *range(3, 10)]].mean(0)
     assert float((noise.flatten() * towards).sum()) > 0
     assert facts["fooled"] > float((linear(x).argmax(1) == 2).float().mean())
-    assert (said[-1][1], said[-1][2]) == (12, 12)
+    assert (said[-1][1], said[-1][2]) == (8, 8)
 
 
 def test_narcissus_is_three_times_as_strong_at_test_time(digits):
@@ -334,12 +332,10 @@ def test_refool_reflections_are_training_images_and_the_label_may_stay(refool, d
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["attack=trojan", "attack.form=star"], "attack.form=star: expected disc or square"),
         (["attack=trojan", "attack.side=33"], "expected a mask inside 32×32"),
         (["attack=trojan", "attack.neurons=65"], "this net's last layer has 64 inputs"),
         (["attack=lf", "attack.most=0.0"], "1/255 to 1 as the highest value"),
         (["attack=lc", "attack.ratio=0.12"], r"asks for 173 poisoned images of 1438, but there are \d+ of class 0"),
-        (["attack=lc", "attack.corners=top"], "expected all or bottom_right"),
         (["attack=lc", "attack.epsilon=0.0"], "expected grey levels and a count above 0"),
         (["attack=ssba", "attack.bits=0"], "attack.bits=0"),
         (["attack=narcissus", "attack.amplify=0.0"], "amplify=0.0"),
