@@ -15,7 +15,7 @@ from bdx.archs import base as archs
 from bdx.attacks.base import Attack
 from bdx.attacks.made import Made
 from bdx.build import instantiate
-from bdx.configure import compose
+from bdx.configure import choice
 from bdx.datasets import base as datasets
 from bdx.errors import UserError
 from bdx.screen import Screen
@@ -59,7 +59,7 @@ def equip(cfg: DictConfig, attack: Made, data: datasets.ImageData, stored: store
     """Give the attack what it is made of: from the store, or made now, with a clean net where it asks for one."""
     clean = copy.deepcopy(cfg)
     with open_dict(clean):
-        clean.attack = compose(["attack=none"]).attack
+        clean.attack = choice("attack", "none")
     net_recipe = recipe.of_backdoor(clean, data.sha256) if attack.surrogate else None
 
     def make(_) -> tuple[dict, dict]:

@@ -29,6 +29,13 @@ def options(group: str) -> list[str]:
     return sorted(p.stem for p in (CONF / group).glob("*.yaml") if p.stem != "base")
 
 
+def choice(group: str, name: str) -> DictConfig:
+    """conf/<group>/<name>.yaml with what it starts from; without Hydra, which is busy in the middle of a multirun."""
+    node = OmegaConf.load(CONF / group / f"{name}.yaml")
+    parents = [choice(group, parent) for parent in node.pop("defaults", []) if parent != "_self_"]
+    return OmegaConf.merge(*parents, node)
+
+
 def groups() -> list[str]:
     return sorted(p.name for p in CONF.iterdir() if p.is_dir())
 

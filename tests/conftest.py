@@ -59,7 +59,7 @@ BRIEF = {
     "lba": ["steps=2", "batch=8", "images=32"],
     "lf": ["passes=2", "images=20", "iterations=2"],
     "lc": ["steps=2"],
-    "narcissus": ["rounds=1", "batch=32", "lr=0.1"],
+    "narcissus": ["rounds=1", "batch=8", "lr=0.1"],
     "ssba": ["steps=3", "width=2", "batch=8"],
 }  # how little of a trigger's making is enough where its strength does not matter
 

@@ -119,12 +119,9 @@ class Attack(pl.LightningModule):
     @torch.no_grad()
     def stamp(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         """uint8 -> triggered uint8: training and test see the same, quantised pixels. index: of training images."""
-        parts = [p.float() / 255 for p in x.split(4096)]
-        if index is None:
-            parts = map(self.trigger, parts)
-        else:
-            parts = map(self.training_trigger, parts, index.split(4096))
-        parts = [(p * 255).round().clamp(0, 255).to(torch.uint8) for p in parts]
+        how, given = (self.trigger, [x]) if index is None else (self.training_trigger, [x, index])
+        chunks = zip(*(g.split(4096) for g in given), strict=True)
+        parts = [(how(p.float() / 255, *at) * 255).round().clamp(0, 255).to(torch.uint8) for p, *at in chunks]
         return torch.cat(parts) if parts else x
 
     def choose(self, split: Split) -> Tensor:

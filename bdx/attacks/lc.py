@@ -48,7 +48,7 @@ class LC(Made):
     def make(self, data, net, report):
         """harder (M,C,H,W) uint8: every image of the target class; index (M,): where they stand in the training set."""
         index = self.candidates(data.train.y_true).nonzero().flatten()
-        parts, right = [], 0
+        parts, right, seen = [], 0, 0
         chunks = index.split(250)
         say = Progress(report, "harder images", len(chunks))
         for i, chunk in enumerate(chunks):
@@ -56,7 +56,7 @@ class LC(Made):
             parts.append((perturb(net, x, y, self.budget, targeted=False) * 255).round().to(torch.uint8))
             with torch.no_grad():
                 right = right + (net(parts[-1].float() / 255).argmax(1) == y).sum()
-            say(i + 1, right / (i + 1) / 250)
+            say(i + 1, right / (seen := seen + len(chunk)))
         return {"harder": torch.cat(parts), "index": index}, {"still_recognised": float(right) / len(index)}
 
     def take(self, made: dict[str, Tensor]) -> None:
