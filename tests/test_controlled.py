@@ -280,7 +280,7 @@ def test_the_painters_gradients_add_up_in_the_code_alone(follow, digits, quick_t
 def test_lira_hands_over_the_second_stages_classifier_and_the_first_ones_as_in_the_code(digits, quick_trainer):
     weights = {}
     for follow, joint in (("paper", 0.5), ("code", 0.5), ("paper", 1.0)):
-        attack = quick(digits, "lira", f"attack.follow={follow}", f"attack.joint={joint}")
+        attack = quick(digits, "lira", f"attack.follow={follow}", f"attack.joint={joint}", "train.batch=8")
         attack.fit(few(digits), quick_trainer)
         weights[follow, joint] = attack
         assert attack.trainer.current_epoch == (1 if follow == "code" else 2)
@@ -429,7 +429,7 @@ def test_mistakes_are_named_before_training(name, override, text, digits):
 
 def test_a_training_too_short_for_it_is_refused(digits, quick_trainer):
     attack = quick(digits, "blind", "attack.history=1000")
-    with pytest.raises(UserError, match=r"history=1000: the training has 178 steps, .* history below 178, to 17 say"):
+    with pytest.raises(UserError, match=r"history=1000: the training has 178 steps, .*history below 178, to 17 say"):
         attack.fit(digits, quick_trainer)
     with pytest.raises(UserError, match=r"epochs=2: with attack.follow=code 2 of them train the mask"):
         quick(digits, "input_aware", "attack.follow=code")
