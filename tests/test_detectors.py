@@ -54,12 +54,13 @@ def data(digits, victim):
 
 
 def made(name: str, *overrides: str):
-    return instantiate(compose([*TINY, f"detector={name}", *overrides]).detector)
+    return instantiate(compose([f"detector={name}", *overrides]).detector)
 
 
 def short(name: str, *overrides: str):
-    node = compose([f"detector={name}"]).detector
-    return made(name, "detector.limit=40", *(f"detector.{k}={v}" for k, v in SHORT.items() if k in node), *overrides)
+    file = CONF / "detector" / f"{name}.yaml"
+    own = (f"detector.{k}={v}" for k, v in SHORT.items() if info.value(file, k) is not None)
+    return made(name, "detector.limit=40", *own, *overrides)
 
 
 def auc(scores, poisoned) -> float:
