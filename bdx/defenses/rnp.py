@@ -63,8 +63,8 @@ class RNP(Defense):
     unlearn, recover   epochs, optimizer, schedule of each stage; unlearn: clip, the gradient's largest norm or null;
                 recover: alpha
     threshold   masks up to it are cut, for select=fixed
-    select      fixed; or accuracy: the last threshold of 0, step, … last up to which accuracy on the reserved images
-                falls by max_drop at most
+    select      accuracy: the last threshold of 0, step, … last up to which accuracy on the reserved images falls by
+                max_drop at most; or fixed
     """
 
     needs_batchnorm = True
