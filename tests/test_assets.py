@@ -15,6 +15,7 @@ from conftest import CONF, TINY, build_attack, names, paths
 from omegaconf import OmegaConf
 from PIL import Image
 
+import bdx.backdoor
 import bdx.run
 from bdx import recipe
 from bdx.attacks.made import Made
@@ -66,7 +67,7 @@ def test_three_things_are_kept_and_the_trigger_travels_with_the_weights(trojan):
 
 def test_the_surrogate_is_the_net_of_clean_training(trojan, tmp_path, monkeypatch):
     root = shutil.copytree(trojan[0], tmp_path / "copy")
-    monkeypatch.setattr(bdx.run, "fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(bdx.backdoor, "fit", lambda *_: pytest.fail("trained again"))
     row = run(root, "attack=none")
     assert kept(root) == kept(trojan[0])
     assert asset(root).meta["recipe"]["surrogate"] == row["backdoor"]
@@ -97,7 +98,7 @@ def test_made_from_nothing_or_with_a_surrogate_at_hand_it_is_the_same_cell(troja
 
 
 def test_a_picture_of_ones_own_needs_no_surrogate(tmp_path, monkeypatch):
-    monkeypatch.setattr(bdx.run, "equip", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr(bdx.backdoor, "equip", lambda *_: pytest.fail("made"))
     Image.fromarray(np.full((32, 32, 3), 51, dtype=np.uint8)).save(tmp_path / "grey.png")
     row = run(tmp_path, *TROJAN, f"attack.file={tmp_path / 'grey.png'}")
     assert kept(tmp_path) == {row["backdoor"]}
@@ -123,7 +124,7 @@ def test_a_picture_that_is_none_or_black_is_refused(name, digits, tmp_path):
     ],
 )
 def test_the_impossible_is_refused_before_the_surrogate_is_trained(overrides, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(bdx.run, "fit", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(bdx.backdoor, "fit", lambda *_: pytest.fail("trained"))
     with pytest.raises(UserError, match=text):
         run(tmp_path, *overrides)
     assert kept(tmp_path) == set()
