@@ -4,6 +4,7 @@ UV := $(shell command -v uv)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-fast lint bench clean
@@ -27,10 +28,10 @@ demo: $(STAMP)  ## a backdoor on handwritten digits and two repairs, in under 3 
 	$(BIN)/bdx -m experiment=demo defense=npd_digits,d3_digits
 
 test: $(STAMP)  ## the whole suite, at most 12 minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 test-fast: $(STAMP)  ## without what trains for longer, at most 3 minutes
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(SPREAD) -m 'not slow'
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

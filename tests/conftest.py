@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from bdx.configure import CONF, compose, options
 from bdx.screen import Screen
 
 ROOT = Path(__file__).resolve().parent.parent
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of them gets one thread, and what it starts as well
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 TINY = ["dataset=digits", "arch.width=8", "train=fast", "train.batch=64", "train.precision=32-true", "logger=none"]
 
 
