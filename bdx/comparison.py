@@ -81,20 +81,31 @@ def printed_cells(table: Table, cells: list[Cell]) -> list[Cell]:
 def collect(table: Table, scale: grid.Scale, words: list[str], composer: Composer, folders: Iterable[Path]) -> list[Entry]:
     """Every cell of the table with its rows, whatever their seed, and its printed numbers."""
     rows = {row["id"]: row for row in results.rows(*folders)}
-    table, _ = grid.asked(table, words)
+    whole, (table, _) = table, grid.asked(table, words)
     cells = grid.cells(table, scale, words, composer)
     cells = printed_cells(table, cells) if table.only_printed and table.rows else cells
     seeds = sorted({row["seed"] for row in rows.values()}) if not any(grid.key(w) == "seed" for w in words) else [None]
     images = {}
     for row in rows.values():
         images.setdefault(row["dataset"], set()).add(row["data_sha256"])
-    numbers = printed(table)
-    found = []
-    for cell in cells:
+    found, numbers = [], printed(table)
+    for cell in [*cells, *([] if "none" in whole.axes.get("defense", ()) else unlisted(table, cells))]:
         paper = {metric: n for place, metric, n in numbers if same(place, fixed(table) | cell.at)}
-        ours = [] if cell.lacks else measured(cell, seeds, images, rows, composer)
+        ours = [] if cell.lacks or not cell.words else measured(cell, seeds, images, rows, composer)
         found.append(Entry(cell, ours, paper))
     return [undefended(e, found) for e in found]
+
+
+def unlisted(table: Table, cells: list[Cell]) -> list[Cell]:
+    """Nets without defense that the paper prints and the grid need not hold: what each row says of before."""
+    found = {}
+    for place, *_ in printed(table):
+        if place["defense"] == "none" and place["attack"] != "avg" and not any(same(place, fixed(table) | c.at) for c in cells):
+            at = {k: place[k] for k in table.axes if k in place}
+            if not all(norm(v) in map(norm, table.axes[k]) for k, v in at.items() if k != "defense"):
+                continue  # the user asked for a part
+            found[tuple(at.items())] = Cell(at, ())
+    return list(found.values())
 
 
 def measured(cell: Cell, seeds: list, images: dict, rows: dict, composer: Composer) -> list[dict]:
@@ -110,7 +121,7 @@ def undefended(entry: Entry, entries: list[Entry]) -> Entry:
     if entry.ours or entry.cell.at.get("defense") != "none":
         return entry
     others = {k: v for k, v in entry.cell.at.items() if k != "defense"}
-    near = [e for e in entries if {k: v for k, v in e.cell.at.items() if k != "defense"} == others]
+    near = [e for e in entries if all(norm(e.cell.at[k]) == norm(v) for k, v in others.items())]
     by_seed = {row["seed"]: row for e in near for row in e.ours}
     ours = [row | {"acc": row["acc_before"], "asr": row["asr_before"], "der": None} for row in by_seed.values()]
     return replace(entry, ours=ours)

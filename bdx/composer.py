@@ -32,6 +32,7 @@ class Composer:
 
     def __init__(self):
         self.seen: dict[tuple[str, ...], tuple[dict, dict]] = {}
+        self.groups = groups()
 
     def node(self, words: tuple[str, ...]) -> tuple[dict, dict]:
         """(the configuration as a plain dict, what was chosen in each group) for words that choose."""
@@ -50,7 +51,7 @@ class Composer:
     def plain(self, words: tuple[str, ...]) -> dict:
         """Interpolations are left as they are. Raises UserError for a key that is not there."""
         asked = [override(w) for w in words]
-        chosen = {o.key_or_group: w for o, w in zip(asked, words, strict=True) if o.key_or_group in groups()}
+        chosen = {o.key_or_group: w for o, w in zip(asked, words, strict=True) if o.key_or_group in self.groups}
         shell = tuple(w for g, w in chosen.items() if g not in APART)
         found, choices = self.node(shell)
         found, choices = copy.deepcopy(found), dict(choices)

@@ -160,9 +160,14 @@ def cells(table: Table, scale: Scale, words: Iterable[str], composer: Composer) 
     return found
 
 
+@cache
+def choices(group: str) -> frozenset[str]:
+    return frozenset(options(group))
+
+
 def whole(cell: Cell, scale: Scale, composer: Composer) -> Cell:
     """The cell with the words of its scale, or with what it lacks."""
-    if lacks := [w for w in cell.words if key(w) in CANDIDATE and w.partition("=")[2] not in options(key(w))]:
+    if lacks := [w for w in cell.words if key(w) in CANDIDATE and w.partition("=")[2] not in choices(key(w))]:
         return replace(cell, lacks=", ".join(lacks))
     try:
         plain = composer.plain(cell.words)

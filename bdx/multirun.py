@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
@@ -50,6 +51,8 @@ def cells_of(name: str, argv: list[str]) -> tuple[list[tuple[str, ...]], list[st
         print(f"bdx: missing: {sum(bool(c.lacks) for c in cells)} cells, for want of {'; '.join(lacks)}", file=sys.stderr)
     if not (runnable := list(dict.fromkeys(c.words for c in cells if not c.lacks))):
         raise UserError(f"{name}: no cell can run")
+    home = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
+    home.bdx = sys.modules["hydra_plugins.bdx"] = sys.modules[__name__]
     Plugins.instance().register(Cells)
     Cells.cells = runnable
     return runnable, ["-m", *(a for a in argv if a.startswith("hydra")), "hydra.sweeper._target_=hydra_plugins.bdx.Cells"]

@@ -56,8 +56,9 @@ def plan(table: grid.Table, scale: grid.Scale, words: list[str], composer: Compo
         found = printed_cells(table, found)
     first = next((c for c in found if not c.lacks), None)
     if first is None:
-        lacks = sorted({c.lacks for c in found})
-        raise UserError(f"{table.name}: no cell can run, bdx has no {'; '.join(lacks[:8])}")
+        for cell in (c for c in found if "no such key" in c.lacks):
+            compose(list(cell.words))  # says it better
+        raise UserError(f"{table.name}: no cell can run, for want of {'; '.join(sorted({c.lacks for c in found})[:8])}")
     paths = {k: Path(v).expanduser() for k, v in compose(list(first.words)).paths.items()}  # all words are checked here
     return Plan([identified(c, composer, paths["data"], fetch) for c in found], paths)
 
@@ -203,7 +204,7 @@ def sweep(argv: list[str]) -> int:
     todo = found.todo
     show(name, found, todo, composer, say)
     if dry or not todo:
-        say(f"planned in {time.monotonic() - started:.1f} s; `bdx table {name} scale={scale.name}` shows the rows")
+        say(f"planned in {time.monotonic() - started:.1f} s; its rows: bdx table {name} scale={scale.name}")
         return 0
     for place in ("store", "nets", "results"):
         files.writable(found.paths[place], f"paths.{place}, paths.out or BDX_OUT")

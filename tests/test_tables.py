@@ -1,0 +1,265 @@
+"""Papers' tables: the grids in experiments/, the printed numbers beside them, and what is measured here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from statistics import mean
+
+import pytest
+from conftest import ROOT
+
+from bdx import grid, layout, recipe, tables
+from bdx.agreement import tau, verdict
+from bdx.comparison import Entry, averages, collect, fixed, judged, marks, printed, printed_cells, same
+from bdx.composer import Composer
+from bdx.configure import compose
+from bdx.errors import UserError
+from bdx.grid import Cell
+
+TABLES = grid.tables()
+COMPOSER = Composer()
+IMAGES = "0" * 64
+# Tiny ImageNet's seconds stand in the same printed table as CIFAR-10's
+ELSEWHERE = {"npd2023/table09": 7}
+
+
+def cells(name: str, scale: str, *words: str) -> list[Cell]:
+    table = grid.load(name)
+    found = grid.cells(table, grid.scale(scale), words, COMPOSER)
+    return printed_cells(table, found) if table.only_printed and table.rows else found
+
+
+def row(cell: Cell, seed: int = 0, **scores) -> dict:
+    """A result row as a run of `cell` would write it."""
+    id = grid.run_ids(cell.words, COMPOSER, IMAGES, [seed])[0]
+    names = COMPOSER.plain(cell.words)["names"]
+    scores = {"acc_before": 0.9, "asr_before": 1.0, "acc": 0.8, "asr": 0.1, "der": 0.9} | scores
+    return {"id": id, **names, "seed": seed, **scores, "data_sha256": IMAGES, "device": "toy", "torch": "0"}
+
+
+def write(folder, *rows: dict):
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in rows:
+        (folder / f"{one['id']}.json").write_text(json.dumps(one))
+    return folder
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_says_what_it_claims_and_reads_every_printed_number(name):
+    text = (grid.EXPERIMENTS / f"{name}.yaml").read_text()
+    for word in ("# Paper:", "# Cost", "# Tolerance:", f"# Command: bdx sweep {name}"):
+        assert word in text
+    assert len(text.splitlines()) <= 30
+    table, found = grid.load(name), cells(name, "paper")
+    assert table.title
+    numbers = [n for n in printed(table) if n[0]["attack"] != "avg"]
+    lost = [n for n in numbers if n[0]["defense"] != "none" and not any(same(n[0], fixed(table) | c.at) for c in found)]
+    assert len(lost) == ELSEWHERE.get(name, 0)
+    assert [c for c in found if not any(c.at.get(k) for k in ("attack", "defense"))] == []
+    for side in ("of", "above", "below"):  # the claim names cells that there are
+        where = table.claim.get(side)
+        assert not isinstance(where, dict) or any(all(c.at[k] == str(v) for k, v in where.items()) for c in found)
+
+
+def test_the_printed_numbers_of_a_cell_are_its_own():
+    """Read by hand from the papers' tables."""
+    assert paper("npd2023/table01", attack="trojan", defense="npd") == {"acc": 92.37, "asr": 6.51, "der": 96.19}
+    assert paper("npd2023/table03", **{"attack": "lf", "defense.lambda_ce": "0.0", "defense.lambda_asr": "0.4"})["asr"] == 0.80
+    assert paper("npd2023/table06", **{"attack": "lf", "dataset.reserved.count": "50", "defense": "npd"})["acc"] == 88.18
+    assert paper("d32024/table05", **{"attack": "wanet", "train.sam_rho": "2.0", "defense": "ft"})["asr"] == 18.47
+    assert paper("tnr2022/table08", **{"defense.lambda_rec": "10.0", "defense.lambda_tv": "1.0"}) == {"asr": 0.28, "acc": 83.51}
+    assert paper("tnr2022/table04", **{"attack": "sig", "defense.stages": "trap"}) == {"asr": 97.24, "acc": 81.10}
+    assert paper("tnr2022/table12", attack="smooth_gtsrb", defense="tnr") == {"asr": 0.11, "acc": 96.12}
+    assert paper("npd2023/table15", **{"arch": "densenet161", "attack": "ssba", "defense": "none"})["asr"] == 84.13
+
+
+def paper(name: str, **at: str) -> dict:
+    (found,) = (e for e in entries(name) if at.items() <= e.cell.at.items())
+    return found.paper
+
+
+def entries(name: str, *words: str, scale: str = "paper", folders=()) -> list[Entry]:
+    return collect(grid.load(name), grid.scale(scale), list(words), COMPOSER, folders)
+
+
+@pytest.mark.parametrize(("name", "defense"), [("npd2023/table01", "npd"), ("npd2023/table01", "nc"), ("d32024/table01", "d3")])
+def test_the_average_follows_the_rule_of_the_paper(name, defense):
+    """The printed averages are the oracle: NPD prints the DER of averages, D3 the average of DERs; the two differ for nc."""
+    table = grid.load(name)
+    wanted = {m: v for p, m, v in printed(table) if p["attack"] == "avg" and p["defense"] == defense}
+    (found,) = (a for a in averages(table, entries(name)) if a.cell.at["defense"] == defense)
+    assert found.paper == pytest.approx(wanted, abs=0.02)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "cpu", "paper"])
+@pytest.mark.parametrize("name", ["npd2023/table01", "npd2023/table05", "tnr2022/table08", "cnpd2025/table02"])
+def test_an_id_is_the_one_that_the_run_itself_has(name, scale):
+    """The sweep puts configurations together faster than Hydra; the recipe must be the same to the last key."""
+    runnable = [c for c in cells(name, scale) if not c.lacks]
+    cell = runnable[-1]
+    cfg = compose(list(cell.words))
+    wanted = recipe.digest(recipe.of_run(cfg, IMAGES)), recipe.digest(recipe.of_backdoor(cfg, IMAGES))
+    assert grid.ids(cell.words, COMPOSER, IMAGES) == wanted
+    cfg = compose([*cell.words, "seed=7"])
+    assert grid.run_ids(cell.words, COMPOSER, IMAGES, [7]) == [recipe.digest(recipe.of_run(cfg, IMAGES))]
+    assert COMPOSER.config(cell.words).asked == compose(list(cell.words)).asked
+
+
+def test_a_scale_shortens_a_defense_and_replaces_the_net():
+    (cell,) = (c for c in cells("npd2023/table01", "cpu", "attack=badnets", "defense=npd"))
+    assert set(cell.words) >= {"experiment=cpu_scale", "defense.epochs=17", "defense.warmup_epochs=2"}
+    assert not any(w.startswith(("dataset=", "arch=")) for w in cell.words)
+    (cell,) = cells("npd2023/table01", "smoke", "attack=badnets", "defense=npd", "defense.epochs=9")
+    assert "defense.epochs=9" in cell.words  # what the user says is not divided
+    (cell,) = cells("tnr2022/table01", "cpu", "attack=blend", "defense=tnr")
+    assert set(cell.words) >= {"defense.trap.epochs=16", "defense.replace.epochs=33"}
+    (cell,) = cells("npd2023/table12", "paper", "attack=badnets", "defense=npd")
+    assert set(cell.words) >= {"arch=vgg19_bn", "dataset=cifar10"}
+
+
+def test_what_bdx_does_not_have_is_named():
+    by = {c.at["attack"]: c.lacks for c in cells("npd2023/table01", "smoke", "attack=badnets,nobody", "defense=npd")}
+    assert by == {"badnets": None, "nobody": "attack=nobody"}
+    (cell,) = cells("npd2023/table01", "smoke", "attack=badnets", "defense=none", "defense.epochs=3")
+    assert "no such key" in cell.lacks
+
+
+def test_rows_are_found_by_their_id_alone(tmp_path):
+    """A row of another scale has the same names, and must not be taken for a measurement at this one."""
+    (cpu,) = cells("npd2023/table01", "cpu", "attack=badnets", "defense=npd")
+    (smoke,) = cells("npd2023/table01", "smoke", "attack=badnets", "defense=npd")
+    folder = write(tmp_path, row(cpu, 0, acc=0.7), row(cpu, 1, acc=0.9), row(smoke, acc=0.1))
+    (found,) = entries("npd2023/table01", "attack=badnets", "defense=npd", scale="cpu", folders=[folder])
+    assert sorted(found.values("acc")) == [0.7, 0.9]
+    (found,) = entries("npd2023/table01", "attack=badnets", "defense=npd", "seed=1", scale="cpu", folders=[folder])
+    assert found.values("acc") == [0.9]
+
+
+def test_an_undefended_net_is_known_from_any_defense(tmp_path):
+    (cell,) = cells("npd2023/table01", "cpu", "attack=badnets", "defense=npd")
+    folder = write(tmp_path, row(cell, acc_before=0.91, asr_before=0.97))
+    none, npd = entries("npd2023/table01", "attack=badnets", "defense=none,npd", scale="cpu", folders=[folder])
+    assert (none.values("acc"), none.values("asr"), none.values("der")) == ([0.91], [0.97], [])
+    assert npd.values("acc") == [0.8]
+
+
+def test_averages_are_over_what_is_measured_on_both_sides(tmp_path):
+    words = ("attack=badnets,blended,badnets_all2all", "defense=none,npd")
+    npd = {c.at["attack"]: c for c in cells("npd2023/table01", "cpu", *words) if c.at["defense"] == "npd"}
+    rows = row(npd["badnets"], acc=0.8, asr=0.3, der=0.8), row(npd["blended"], acc=1.0, asr=0.1, der=0.95)
+    found = entries("npd2023/table01", *words, scale="cpu", folders=[write(tmp_path, *rows)])
+    table, _ = grid.asked(grid.load("npd2023/table01"), words)
+    _, average = averages(table, found)
+    assert average.cell.at["attack"] == "average of 2 of 3"
+    assert average.ours == [pytest.approx({"acc": 0.9, "asr": 0.2, "der": (0.8 - 0 + 1) / 2})]  # before: 0.9 and 1.0
+    assert average.paper["acc"] == pytest.approx((88.93 + 91.18) / 2)
+    assert average.paper["asr"] == pytest.approx((1.26 + 0.41) / 2)
+
+
+def test_tau_and_verdict_against_scipy():
+    import random
+
+    from scipy.stats import kendalltau, ttest_1samp
+
+    draw = random.Random(0)
+    for _ in range(20):
+        pairs = [(draw.randrange(5), draw.randrange(5)) for _ in range(8)]
+        assert tau(pairs) == pytest.approx(kendalltau(*zip(*pairs, strict=True)).statistic)
+        gaps = [draw.gauss(0.4, 1) for _ in range(6)]
+        assert verdict(gaps)[1] == pytest.approx(ttest_1samp(gaps, 0, alternative="greater").pvalue)
+    assert tau([(1, 1), (1, 2)]) is None
+
+
+@pytest.mark.parametrize(("gaps", "word"), [
+    ([0.2, 0.3, 0.25], "holds"), ([-0.2, -0.3, -0.25], "does not hold"), ([0.2, -0.3, 0.25], "not enough data"),
+    ([0.2, 0.3], "not enough data"), ([0.1, 0.1, 0.1], "holds"), ([0.0, 0.0, 0.0], "not enough data"),
+])  # fmt: skip
+def test_a_claim_is_judged_by_paired_differences(gaps, word):
+    assert verdict(gaps)[0] == word
+
+
+def test_a_claim_pairs_the_same_attack_and_seed(tmp_path):
+    """D3 below 5 %: three measured ratios of one attack; and of two defenses, only what both have measured counts."""
+    words = ("attack=badnets", "defense=d3", "attack.ratio=0.1,0.2,0.3")
+    rows = [row(c, asr=a) for c, a in zip(cells("d32024/table02", "cpu", *words), (0.01, 0.02, 0.015), strict=True)]
+    table, _ = grid.asked(grid.load("d32024/table02"), words)
+    found = entries("d32024/table02", *words, scale="cpu", folders=[write(tmp_path, *rows)])
+    assert ": holds (3 pairs, 3 cells wanted, mean +3.50 points, p = " in judged(table, found)
+    words = ("attack=badnets,blended", "defense=npd,cnpd_r")
+    one, two, three, _ = cells("cnpd2025/table01", "cpu", *words)
+    rows = row(one, asr=0.2), row(two, asr=0.1), row(three, asr=0.1), row(two, 1, asr=0.5)
+    found = entries("cnpd2025/table01", *words, scale="cpu", folders=[write(tmp_path / "b", *rows)])
+    assert "not enough data (1 pairs, 2 cells wanted, mean +10.00 points)" in judged(grid.load("cnpd2025/table01"), found)
+
+
+def test_best_and_second_are_marked_among_defenses():
+    def entry(defense, asr):
+        return Entry(Cell({"attack": "a", "defense": defense}, ()), [{"asr": asr}])
+
+    group = [entry("none", 0.0), entry("x", 0.3), entry("y", 0.1), entry("z", 0.2), entry("w", 0.1)]
+    marked = marks(group, "asr")
+    assert [marked.get(id(e)) for e in group] == [None, None, "best", "second", "best"]
+
+
+def test_four_formats():
+    text = layout.Text
+    rows = [[text("npd|x"), text("1.00", "best")], [text("a<b & 5 %"), text("2.00", "second")]]
+    md = layout.markdown("t", ["defense", "ACC"], rows, ["n"])
+    assert "| npd\\|x" in md
+    assert "**1.00**" in md
+    assert "_2.00_" in md
+    assert list(csv.reader(io.StringIO(layout.comma("t", ["defense", "ACC"], rows, [])))) == [
+        ["defense", "ACC"], ["npd|x", "1.00"], ["a<b & 5 %", "2.00"],
+    ]  # fmt: skip
+    assert "a<b \\& 5 \\% & \\underline{2.00} \\\\" in layout.latex("t", ["defense", "ACC"], rows, [])
+    assert "<td>a&lt;b &amp; 5 %</td><td><u>2.00</u></td>" in layout.page("t", ["defense", "ACC"], rows, [])
+
+
+def test_rows_in_the_package_are_shown_and_foreign_files_are_named(tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "half.json").write_text('{"id": "ha')
+    assert tables.table(["npd2023/table01", "scale=cpu", f"paths.out={tmp_path}", "--format", "csv"]) == 0
+    out, err = capsys.readouterr()
+    (npd,) = (r for r in csv.DictReader(io.StringIO(out)) if (r["attack"], r["defense"]) == ("badnets", "npd"))
+    measured = json.loads((ROOT / "experiments" / "results" / f"{npd_row()}.json").read_text())
+    assert float(npd["ASR"]) == pytest.approx(100 * measured["asr"], abs=0.005)
+    assert "half.json is no result row" in err
+
+
+def npd_row() -> str:
+    (cell,) = cells("npd2023/table01", "cpu", "attack=badnets", "defense=npd")
+    images = {json.loads(p.read_text())["data_sha256"] for p in (ROOT / "experiments" / "results").glob("*.json")}
+    ids = (grid.run_ids(cell.words, COMPOSER, data, [0])[0] for data in images)
+    return next(i for i in ids if (ROOT / "experiments" / "results" / f"{i}.json").exists())
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("- a", "is malformed"), ("claim: {says: x}", "claim needs says, metric, of, and above or below"),
+    ("claim: {says: x, metric: asr, of: {}, below: 1}", "hydra is missing"),
+    ("claim: {says: x, metric: asr, of: {}, below: 1}\naverage: median", "average=median: expected"),
+    ("claim: {says: x, metric: asr, of: {}, below: 1}\ngird: {}", r"gird: no such key"), ("a: [", "is malformed"),
+])  # fmt: skip
+def test_a_malformed_table_ends_in_one_line(tmp_path, text, match):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "t.yaml").write_text(text)
+    with pytest.raises(UserError, match=match) as e:
+        grid.load("p/t", tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("argv", "match"), [
+    (["npd2023/tabel01"], "no such table .did you mean npd2023/table01"), ([], "expected `bdx table"),
+    (["npd2023/table01", "--format=pdf"], "--format=pdf: expected one of md, csv, tex, html"),
+    (["npd2023/table01", "scale=gpu"], "scale=gpu: expected cpu, paper, smoke"),
+])  # fmt: skip
+def test_a_mistake_is_answered_in_one_line(argv, match):
+    with pytest.raises(UserError, match=match):
+        tables.table(argv)
+
+
+def test_mean_of_entries_is_over_seeds():
+    entry = Entry(Cell({}, ()), [{"acc": 0.5}, {"acc": 0.7}, {"acc": None}])
+    assert mean(entry.values("acc")) == 0.6
+    assert tables.number(entry.values("acc"), "acc") == "60.00 ± 14.14"
