@@ -25,8 +25,9 @@ FLOORS = (
     {"datasets", "archs", "training"},
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
-    {"run", "info", "tables", "figures", "report"},
-    {"sweep", "multirun", "engines"},
+    {"run", "info", "tables", "forecast", "figures", "report"},
+    {"engines"},
+    {"sweep", "multirun"},
     {"cli"},
 )  # fmt: skip
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
