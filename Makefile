@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint bench clean
+.PHONY: help setup demo test test-fast lint sweep table bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,14 @@ test-fast: $(STAMP)  ## without what trains for longer, at most 3 minutes
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+TABLE ?= npd2023/table01
+SCALE ?= cpu
+sweep: $(STAMP)  ## run what is missing of a paper's table: make sweep TABLE=npd2023/table01 SCALE=cpu
+	$(BIN)/bdx sweep $(TABLE) scale=$(SCALE)
+
+table: $(STAMP)  ## its rows beside the printed numbers, in Markdown
+	$(BIN)/bdx table $(TABLE) scale=$(SCALE)
 
 bench: $(STAMP)  ## speed, as ratios within one run
 	$(BIN)/python bench/bench.py

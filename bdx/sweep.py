@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bdx import files, grid, results
-from bdx.comparison import norm, printed_cells
+from bdx.comparison import printed_cells
 from bdx.composer import Composer
 from bdx.configure import compose
 from bdx.engines import engine
 from bdx.engines.base import Engine, Job, Outcome
 from bdx.errors import UserError, nearest
+from bdx.forecast import estimate, spoken
 from bdx.grid import Cell
 
 OPTIONS = ("scale", "engine", "slots")
@@ -73,38 +74,6 @@ def identified(cell: Cell, composer: Composer, data: Path, fetch: bool) -> Cell:
     return replace(cell, run=run, backdoor=backdoor)
 
 
-def shape(asked: dict) -> tuple:
-    """What makes trainings comparable, besides their names."""
-    return tuple(sorted((k, norm(v)) for k, v in asked.items() if k.startswith(("arch.", "train."))))
-
-
-def estimate(todo: list[Cell], plan: Plan, composer: Composer) -> float | None:
-    """Seconds of one slot, from rows of the same data set, net and training; None where no row tells."""
-    attacks, defenses = defaultdict(list), defaultdict(list)
-    for row in results.rows(plan.paths["results"], grid.EXPERIMENTS / "results"):
-        where = (row["dataset"], row["arch"], row["train"], shape(row))
-        for of in (where, (*where, row["attack"])):
-            attacks[of].append(row["seconds_attack"])
-        for of in (where, (*where, row["defense"])):
-            defenses[of].append(row["seconds_defense"])
-    total, trained = 0.0, set()
-    for cell in todo:
-        names = composer.plain(cell.words)["names"]
-        asked = dict(w.lstrip("+").split("=", 1) for w in cell.words if "=" in w)
-        where = (names["dataset"], names["arch"], names["train"], shape(asked))
-        if where not in attacks:
-            return None
-        total += median(defenses.get((*where, names["defense"]), defenses[where]))
-        if cell.backdoor not in trained and not plan.stored(cell.backdoor):
-            total += median(attacks.get((*where, names["attack"]), attacks[where]))
-        trained.add(cell.backdoor)
-    return total
-
-
-def spoken(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> None:
     """The plan, in a few lines."""
     runnable, missing = plan.runnable, [c for c in plan.cells if c.lacks]
@@ -113,7 +82,7 @@ def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> No
     new = {c.backdoor for c in todo if not plan.stored(c.backdoor)}
     say(f"backdoors: {len(wanted)}, of which {len(new)} are still to be trained")
     if todo:
-        seconds = estimate(todo, plan, composer)
+        seconds = estimate(todo, plan.paths["results"], plan.stored, composer)
         say(f"time: {'no earlier row tells' if seconds is None else f'about {spoken(seconds)} of one slot, by earlier rows'}")
     if any(c.run is None for c in runnable):
         say("images: not there yet, so nothing of this can be done; they are made or downloaded by the sweep itself")

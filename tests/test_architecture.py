@@ -29,9 +29,9 @@ FLOORS = (
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
     {"backdoor"},
-    {"run", "info", "tables", "figures", "report"},
-    {"multirun", "engines", "triggers", "detection"},
-    {"sweep", "detect"},
+    {"run", "info", "tables", "forecast", "figures", "report"},
+    {"engines", "triggers", "detection"},
+    {"sweep", "multirun", "detect"},
     {"cli"},
 )  # fmt: skip
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
