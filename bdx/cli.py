@@ -92,9 +92,7 @@ def dispatch(argv: list[str]) -> int:
         from bdx.info import info
 
         return info(argv[1:])
-    if argv[0] == "data":
-        return data(argv[1:])
-    if argv[0] in (command := {"figure": "figures", "sweep": "sweep", "table": "tables", "detect": "detect"}):
+    if argv[0] in (command := {"data": "data", "figure": "figures", "sweep": "sweep", "table": "tables", "detect": "detect"}):
         return getattr(import_module(f"bdx.{command[argv[0]]}"), argv[0])(argv[1:])
     if any(a in ("-m", "--multirun") for a in argv):
         return multirun(argv)
@@ -218,37 +216,6 @@ def hydra_main(argv: list[str], task) -> int:
     sys.argv = [sys.argv[0], *argv]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     return 0
-
-
-def data(argv: list[str]) -> int:
-    """`bdx data prepare NAME [key=value …]` and `bdx data list`."""
-    from bdx import imagefile
-    from bdx.configure import compose
-
-    if argv[:1] == ["list"]:
-        folder = Path(compose(argv[1:]).paths.data).expanduser()
-        for path in sorted(folder.glob("*.safetensors")):
-            print(line(path, imagefile.header(path)))
-        if not any(folder.glob("*.safetensors")):
-            print(f"no image caches in {folder}; `bdx data prepare NAME` makes one")
-        return 0
-    if argv[:1] != ["prepare"] or len(argv) < 2:
-        raise UserError("expected `bdx data prepare NAME [key=value …]` or `bdx data list`")
-    from omegaconf import OmegaConf
-
-    from bdx.build import instantiate
-
-    cfg = compose([f"dataset={argv[1]}", *argv[2:]])
-    maker = instantiate(OmegaConf.to_container(cfg.dataset.source, resolve=True))
-    path = maker(Path(cfg.paths.data).expanduser())
-    print(line(path, imagefile.header(path)))
-    return 0
-
-
-def line(path: Path, head: dict) -> str:
-    (train, test), shape, k = head["sizes"], "×".join(map(str, head["shape"])), len(head["classes"])
-    about = f"{train} + {test} images of {shape}, {k} classes"
-    return f"{path}: {about}, {head['source']}, sha256 {head['sha256'][:12]}"
 
 
 if __name__ == "__main__":

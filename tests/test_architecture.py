@@ -29,7 +29,7 @@ FLOORS = (
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
     {"backdoor"},
-    {"run", "info", "tables", "forecast", "figures", "report"},
+    {"run", "info", "data", "tables", "forecast", "figures", "report"},
     {"engines", "triggers", "detection"},
     {"sweep", "multirun", "detect"},
     {"cli"},

@@ -93,7 +93,7 @@ def test_the_test_set_holds_only_what_the_attack_would_change(name, labels, made
         with pytest.raises(UserError, match=r"clean-label attack|features of one class"):
             made(name, "attack.labels=all2all")
         return
-    attack, _ = made(name, f"attack.labels={labels}", "attack.target=3")
+    attack, _ = made(name, f"attack.labels={labels}", "attack.target=4")
     split = attack.triggered(digits.test)
     assert (split.y != split.y_true).all()
     assert split.poisoned.all()
@@ -101,8 +101,8 @@ def test_the_test_set_holds_only_what_the_attack_would_change(name, labels, made
         assert len(split) == len(digits.test)
         assert torch.equal(split.y, (split.y_true + 1) % 10)
     else:
-        assert len(split) == int((digits.test.y_true != 3).sum())
-        assert (split.y == 3).all()
+        assert len(split) == int((digits.test.y_true != 4).sum())
+        assert (split.y == 4).all()
 
 
 @pytest.mark.parametrize("name", ATTACKS)
