@@ -214,16 +214,14 @@ def named(cfg: DictConfig, choices: dict, overrides: list[str]) -> DictConfig:
 
 
 def unfold(part: DictConfig, whole: DictConfig) -> dict:
-    """One part of attack=multi, {attack: NAME, key: value, …}, as the configuration of that attack, to be built later.
-    What all attacks have in common it takes from `whole`, where it says nothing itself; of the ratio, its share.
-    Call inside an initialised Hydra."""
+    """One part of attack=multi, {attack: NAME, key: value, …}, as that attack's configuration, to be built later. What it does
+    not say itself it takes from `whole`; of the ratio, its share. Call inside an initialised Hydra."""
     shown = f"attack.parts, {show(part)}"
     if not isinstance(part, DictConfig) or not isinstance(part.get("attack"), str):
         raise UserError(f"{shown}: expected {{attack: NAME, target: 0, …}}, with any keys of that attack")
-    own = {k: v for k, v in part.items() if k != "attack"}
-    common = {k: v for k, v in whole.items() if k not in ("_target_", "parts")}
-    common["ratio"] /= len(whole.parts)
-    words = [f'attack.{k}="{v}"' if isinstance(v, str) else f"attack.{k}={show(v)}" for k, v in (common | own).items()]
+    common = {k: v for k, v in whole.items() if k not in ("_target_", "parts")} | {"ratio": whole.ratio / len(whole.parts)}
+    keys = common | {k: v for k, v in part.items() if k != "attack"}
+    words = [f'attack.{k}="{v}"' if isinstance(v, str) else f"attack.{k}={show(v)}" for k, v in keys.items()]
     try:
         check(words := [f"attack={part.attack}", *words])
     except UserError as e:

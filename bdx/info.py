@@ -20,7 +20,8 @@ KINDS = {
     "experiments": "experiment",
 }
 DECLARED = (
-    "clean_label", "leaves_poison", "has_trigger", "sample_specific", "trigger_from", "needs", "needs_batchnorm",
+    "clean_label", "leaves_poison", "has_trigger", "sample_specific", "trigger_from", "needs", "needs_batchnorm", "trains",
+    "cost", "judges",
 )  # fmt: skip
 
 

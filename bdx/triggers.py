@@ -18,7 +18,7 @@ from bdx.build import instantiate
 from bdx.configure import CONF, compose, options
 from bdx.datasets import base as datasets
 from bdx.errors import UserError
-from bdx.info import source, target
+from bdx.info import source, value
 from bdx.training import accelerate
 
 VISIBLE = 30.0  # dB of PSNR, a usual mark of what the eye can tell apart; ours
@@ -81,7 +81,7 @@ def triggers(argv: list[str]) -> int:
     net = archs.build(plain["arch"], **plain["dataset"]["normalize"], **about)  # one for all: none is trained
     shown, later, refused, table = {}, [], [], headed()
     for name in options("attack"):
-        declared = source(target(CONF / "attack" / f"{name}.yaml"))[1]
+        declared = source(value(CONF / "attack" / f"{name}.yaml", "_target_"))[1]
         if declared.get("trigger_from", "formula") != "formula":
             later.append(name)
             continue

@@ -15,7 +15,7 @@ from PIL import Image
 from bdx.attacks.base import Attack
 from bdx.configure import CONF, compose
 from bdx.errors import UserError
-from bdx.info import rows, source, target
+from bdx.info import rows, source, value
 from bdx.triggers import Looks, looks, ssim, triggers
 
 ATTACKS = names("attack")
@@ -28,7 +28,7 @@ def cls(name: str) -> type:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_is_read_from_the_source_is_what_the_class_declares(name):
-    declared, made = source(target(CONF / "attack" / f"{name}.yaml"))[1], cls(name)
+    declared, made = source(value(CONF / "attack" / f"{name}.yaml", "_target_"))[1], cls(name)
     for key in ("clean_label", "leaves_poison", "has_trigger", "sample_specific", "trigger_from"):
         assert declared.get(key, getattr(Attack, key)) == getattr(made, key), key
     assert made.trigger_from in ("formula", "made", "trained")

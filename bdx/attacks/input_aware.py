@@ -91,6 +91,8 @@ class InputAware(Joint, Controlled):
     pixels that is free, weight of what exceeds it, optimizer, schedule). generator: optimizer, schedule of the patterns."""
 
     leaves_poison = False
+    sample_specific = True
+    trigger_from = "trained"
 
     def __init__(self, net, *, widths: list, lambda_div: float, mask: dict, follow: str, recipe, **common):
         one_of("attack.follow", follow, ("paper", "code"))

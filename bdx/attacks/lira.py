@@ -39,6 +39,8 @@ class LIRA(Joint, Twofold):
     """eps: ε. alpha: weight of the clean loss. joint: share of the epochs that stage 1 takes. widths: of g's levels."""
 
     leaves_poison = False
+    sample_specific = True
+    trigger_from = "trained"
 
     def __init__(self, net, *, eps: float, alpha: float, joint: float, widths: list, follow: str, recipe, **common):
         one_of("attack.follow", follow, ("paper", "code"))

@@ -21,6 +21,7 @@ class WaNet(Controlled):
     """k: side of the control grid. s: strength. pattern_seed: draws the field."""
 
     leaves_poison = False
+    sample_specific = True
 
     def __init__(self, net, *, k: int, s: float, pattern_seed: int, **common):
         super().__init__(net, **common)
