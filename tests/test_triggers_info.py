@@ -50,11 +50,14 @@ def pixelwise_and_linear(attack) -> bool:
 def test_a_static_trigger_does_the_same_to_all_images_and_no_other_does(name, digits):
     attack = build_attack(digits, f"attack={name}").eval()
     with torch.no_grad():
+        for name, p in attack.named_parameters():
+            if name.startswith(("maker.", "fixed.")):  # fresh weights paint nearly the same on everything
+                p.mul_(4)
         assert pixelwise_and_linear(attack) == (not attack.sample_specific)
 
 
 def test_info_shows_the_type_without_torch():
-    found = {name: needs for name, _, needs, _ in rows("attack")}
+    found = {name: needs for name, _, needs, *_ in rows("attack")}
     assert found["badnets"] == "dirty label, poisons data, static trigger"
     assert found["ctrl"] == "clean label, poisons data, static trigger"
     assert found["bpp"] == "dirty label, poisons data, sample-specific trigger"
