@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from bdx.errors import UserError
 
 VERSION = 1  # raise it when the meaning of a recipe changes, so that older artifacts are not taken for newer ones
+DRAW = 2  # how the reserved images are drawn; 1 was the attacks' own permutation, so that all of them had been poisoned
 PLUMBING = ("paths", "trainer", "logger", "hydra", "asked")
 BACKDOOR = ("dataset", "arch", "attack", "train", "seed")
 
@@ -44,7 +45,8 @@ def digest(recipe: dict) -> str:
 
 def identified(dataset: dict, sha256: str) -> dict:
     """The data set by the hash of its pixels and labels: where it came from (`source`) does not matter any more."""
-    return {k: v for k, v in dataset.items() if k != "source"} | {"sha256": sha256}
+    known = {k: v for k, v in dataset.items() if k != "source"} | {"sha256": sha256}
+    return known | {"reserved": dataset["reserved"] | {"draw": DRAW}} if "reserved" in dataset else known
 
 
 def resolved(cfg: DictConfig | dict) -> dict:
@@ -83,7 +85,7 @@ def of_asset(cfg: DictConfig, data_sha256: str, shapeless: frozenset[str], surro
     the attack's keys but the `shapeless` ones, so that attacks that differ in those alone share it."""
     plain = OmegaConf.to_container(cfg, resolve=True)
     attack = {k: v for k, v in plain["attack"].items() if k not in shapeless}
-    reserved = plain["dataset"]["reserved"]
+    reserved = identified(plain["dataset"], data_sha256)["reserved"]
     images = {"sha256": data_sha256} | ({"reserved": reserved} if reserved["source"] != "train" else {})
     about = {"asset": attack, "images": images, "surrogate": surrogate and digest(surrogate)}
     return canonical(about | {"seed": plain["seed"], "version": VERSION})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from bdx.attacks.base import Attack
 from bdx.errors import UserError
+from bdx.split import Split
 
 ATTACKS = names("attack")
 ONE_TRIGGER = [n for n in ATTACKS if n != "multi"]  # several are in test_attack_options
@@ -317,3 +319,20 @@ def test_a_picture_of_ones_own_is_added(digits, tmp_path):
     Image.new("RGB", (8, 8), (0, 51, 0)).save(tmp_path / "green.png")
     attack = build_attack(digits, "attack=trojan_wm", f"attack.file={tmp_path / 'green.png'}")
     assert torch.allclose(attack.trigger(torch.zeros(1, 3, 32, 32))[0, 1], torch.tensor(0.2))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_reserved_images_are_drawn_apart_from_the_poisoned_ones(seed):
+    """By chance a tenth of them is poisoned too; drawn by the same permutation all of them would be."""
+    from bdx.datasets.base import reserve
+
+    y = torch.arange(50_000) % 10
+    split = Split.clean(torch.zeros(50_000, 1, 1, 1, dtype=torch.uint8), y)
+    attack = SimpleNamespace(
+        seed=seed, ratio=0.1, ratio_of="train", select="random", candidates=lambda y: torch.ones_like(y, dtype=torch.bool)
+    )
+    poisoned = torch.zeros(50_000, dtype=torch.bool)
+    poisoned[Attack.choose(attack, split)] = True
+    for balanced in (True, False):
+        share = poisoned[reserve(y, ratio=0.05, count=None, balanced=balanced, seed=seed)].float().mean()
+        assert 0.07 < share < 0.13

@@ -65,6 +65,9 @@ class Batches:
         return Batch(*self.augment(x, y, self.classes, g), index)
 
 
+RESERVING = 7_368_787  # a stream of its own: an attack that draws by the same seed must not poison just these images
+
+
 def reserve(y: Tensor, *, ratio: float, count: int | None, balanced: bool, seed: int) -> Tensor:
     """Indices, sorted, of the clean images that a defender may trust. y: (N,) labels of the clean training set.
 
@@ -76,8 +79,7 @@ def reserve(y: Tensor, *, ratio: float, count: int | None, balanced: bool, seed:
     if not 0 < k <= len(y):
         asked = f"ratio={ratio}" if count is None else f"count={count}"
         raise UserError(f"dataset.reserved.{asked} asks for {k} reserved images of {len(y)}: expected 1 to {len(y)}")
-    g = Generator().manual_seed(seed)
-    order = torch.randperm(len(y), generator=g)
+    order = torch.randperm(len(y), generator=Generator().manual_seed(seed + RESERVING))
     if not balanced:
         return order[:k].sort().values
     classes = int(y.max()) + 1
