@@ -23,7 +23,7 @@ from bdx.run import build_defense, check
 from bdx.split import Split, pixels
 from bdx.surgery import mode
 
-DIRTY = [name for name, _, needs, _ in rows("attack") if needs.startswith("dirty label, poisons data") and name != "lba"]
+DIRTY = [name for name, _, needs, *_ in rows("attack") if needs.startswith("dirty label, poisons data") and name != "lba"]
 
 
 # adversarial training

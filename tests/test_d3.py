@@ -44,7 +44,7 @@ def weight(defense):
         (["defense.lambda_clean=0.5"], lambda ce, d: 0.5 * (ce - 0.1).clamp_min(0).mean() - d),
         (["defense.epsilon=0.0", "defense.alpha=3.0"], lambda ce, d: (10 * ce.mean() - 3 * d) / 11),
     ],
-    ids=str,
+    ids=["default", "batch", "not normalised", "small lambda", "far"],
 )  # fmt: skip
 def test_the_loss_by_hand(overrides, wanted, attack, digits):
     defense, old = made(attack, "d3", *overrides), attack.net.body.linear.weight.detach()
