@@ -29,6 +29,8 @@ class ABL(Staged):
     tuning, finetune, unlearn  epochs, batch, optimizer, schedule, augment of each loop; finetune: cutout, side in pixels
     """
 
+    trains = "all weights, from fresh ones"
+    cost = "a training on the poisoned set, then an unlearning of its isolated share"
     needs = frozenset({"train"})
 
     def __init__(self, net: nn.Module, *, hold: str, gamma: float, isolate: float, tuning: dict, finetune: dict, unlearn: dict):

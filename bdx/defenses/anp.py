@@ -34,6 +34,8 @@ class ANP(Tuning):
                   max_drop at most; or fixed
     """
 
+    trains = "a mask for each BatchNorm channel"
+    cost = "per clean image and epoch: three passes with gradients; then one pass for each threshold tried"
     needs_batchnorm = True
 
     def __init__(

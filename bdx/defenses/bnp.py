@@ -30,6 +30,8 @@ class BNP(Defense):
     recipe      paper: the reserved images; code: images of the poisoned training set, and a factor missing
     """
 
+    trains = "nothing: channels are cut"
+    cost = "one pass over the clean images for the statistics, and one for each threshold tried"
     needs_batchnorm = True
 
     def __init__(self, net: nn.Module, *, images: int, augment: bool, u: float, select: str, max_drop: float, recipe: str):

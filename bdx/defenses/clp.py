@@ -29,6 +29,8 @@ class CLP(Defense):
                 of modules, and without
     """
 
+    trains = "nothing: channels are cut"
+    cost = "the singular values of the weights; with select=accuracy one pass for each threshold tried"
     needs = frozenset()
     needs_batchnorm = True
 

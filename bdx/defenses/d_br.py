@@ -36,6 +36,8 @@ class DBR(Separation):
     """clean, poison, first, intra as for Separation · repair: epochs, batch, optimizer, schedule of unlearning in turn
     with relearning."""
 
+    trains = "all weights of the attacked net"
+    cost = "two short trainings on the poisoned set, then epochs over its sorted shares"
     needs = frozenset({"train"})
 
     def __init__(self, net: nn.Module, *, clean: float, poison: float, first: dict, intra: dict, repair: dict):

@@ -64,6 +64,8 @@ class DST(Separation):
     view       of both stages · contrast, head: epochs, batch, optimizer, schedule of each
     """
 
+    trains = "all weights, from fresh ones"
+    cost = "two short trainings on the poisoned set, then a long contrastive one"
     needs = frozenset({"train"})
 
     def __init__(

@@ -65,6 +65,8 @@ class DBD(Staged):
     view        of the contrastive stage · contrast, head, mixmatch: epochs, batch, optimizer, schedule of each
     """
 
+    trains = "all weights, from fresh ones"
+    cost = "a long contrastive training on the poisoned set, then a semi-supervised one"
     needs = frozenset({"train"})
 
     def __init__(

@@ -59,6 +59,8 @@ class DPSGD(Tuning):
     groups   of GroupNorm, at most
     """
 
+    trains = "all weights, from fresh ones"
+    cost = "a training on the poisoned set with a gradient for each image"
     needs = frozenset({"train"})
 
     def __init__(self, net: nn.Module, *, noise: float, clip: float, delta: float, groups: int, **loop):

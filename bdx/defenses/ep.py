@@ -26,6 +26,8 @@ class EP(Defense):
     select      fixed, or accuracy: the smallest u at which accuracy on the reserved images falls by max_drop at most
     """
 
+    trains = "nothing: channels are cut"
+    cost = "one batch of training images, and one pass over the clean ones for each threshold tried"
     needs = frozenset({"train"})
     needs_batchnorm = True
 

@@ -30,6 +30,9 @@ class FP(Tuning):
     recipe      paper: the convolution's channels; code: the classifier's input
     """
 
+    trains = "all weights, but the channels that are cut"
+    cost = "one pass over the clean images for each share tried, then per image and epoch: one training step"
+
     def __init__(
         self, net: nn.Module, *, layer: str, step: float, threshold: float, select: str, max_drop: float, recipe: str, **loop
     ):

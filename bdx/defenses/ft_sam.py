@@ -24,6 +24,9 @@ class FTSAM(Tuning):
     stepping    what the schedule counts: epoch, or batch (the released code, whose cosine of 100 then swings)
     """
 
+    trains = "all weights"
+    cost = "per clean image and epoch: two training steps"
+
     def __init__(self, net: nn.Module, *, rho: float, adaptive: bool, label_smoothing: float, stepping: str, **loop):
         one_of("defense.stepping", stepping, ("epoch", "batch"))
         classes = net.spec["num_classes"]

@@ -37,6 +37,9 @@ class IBAU(Tuning):
     recipe         paper, or code: the search is away from the net's own predictions, and no ball bounds δ
     """
 
+    trains = "all weights"
+    cost = "per batch and round: one pass for the trigger, and a second-order pass for each of the iterations"
+
     def __init__(
         self, net: nn.Module, *, search_lr: float, decay: float, radius: float, map_lr: float, iterations: int,
         share: float, recipe: str, **loop,

@@ -34,6 +34,9 @@ class MCR(Tuning):
     end         epochs, batch, augment, optimizer, schedule of the copy's fine-tuning
     """
 
+    trains = "all weights, twice: the far end and the bends"
+    cost = "per clean image and epoch: one training step"
+
     def __init__(self, net: nn.Module, *, points: int, t: float, end: dict, **loop):
         if points < 3 or not 0 <= t <= 1:
             raise UserError(f"defense.points={points}, t={t}: expected 3 points or more, and t from 0 to 1")

@@ -44,6 +44,8 @@ class NAB(Staged):
     view            of the contrastive stage · contrast, tuning, training: epochs, batch, optimizer, schedule of each
     """
 
+    trains = "all weights, from fresh ones"
+    cost = "a long contrastive training and two others on the poisoned set"
     needs = frozenset({"train"})
 
     def __init__(

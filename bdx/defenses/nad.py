@@ -33,6 +33,9 @@ class NAD(Tuning):
     recipe             paper or code: which maps are compared
     """
 
+    trains = "all weights, twice: a teacher and the net"
+    cost = "per clean image and epoch: one training step, and a pass of the teacher"
+
     def __init__(self, net: nn.Module, *, betas: list, p: float, teacher_epochs: int, recipe: str, **loop):
         one_of("defense.recipe", recipe, ("paper", "code"))
         at_least_one("defense", teacher_epochs=teacher_epochs)

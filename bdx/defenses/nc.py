@@ -114,6 +114,9 @@ class NC(Tuning):
     share       of the reserved images that carry a trigger, once for each such class, under their true labels
     """
 
+    trains = "a trigger for each class, then all weights"
+    cost = "per clean image, class and epoch: one pass with gradients through frozen weights; then a tuning"
+
     def __init__(self, net: nn.Module, *, search: dict, anomaly: float, share: float, **loop):
         at_least_one("defense.search", **{k: search[k] for k in ("epochs", "batch", "patience", "stop_after")})
         at_least_one("defense.search", at_once=1 if search["at_once"] is None else search["at_once"])

@@ -67,6 +67,8 @@ class RNP(Defense):
                 max_drop at most; or fixed
     """
 
+    trains = "all weights of a copy, then a mask for each BatchNorm channel"
+    cost = "per clean image and epoch: one training step; then one pass for each threshold tried"
     needs_batchnorm = True
 
     def __init__(

@@ -30,6 +30,9 @@ class SAU(Tuning):
     clamp                 whether x+δ is kept inside [0,1]; the released code lets it leave
     """
 
+    trains = "all weights"
+    cost = "per clean image and epoch: the perturbation's passes through two nets, and a training step of twice the batch"
+
     def __init__(
         self, net: nn.Module, *, beta_adv: float, beta_share: float, lambda_clean: float, lambda_adv: float,
         lambda_share: float, radius: float, step: float, steps: int, clamp: bool, **loop,
