@@ -96,9 +96,11 @@ def resident(work: Callable) -> float:
 
     watcher = Thread(target=look)
     watcher.start()
-    work()
-    done.set()
-    watcher.join()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
     return max(seen) / 2**20
 
 
