@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bdx"
 LINE = (
     "errors", "files", "split", "picture", "draws", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery",
     "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build", "recipe", "imagefile",
-    "store", "results", "configure", "agreement", "layout", "composer", "grid",
+    "store", "results", "configure", "agreement", "layout", "page", "composer", "grid",
 )  # fmt: skip
 FLOORS = (
     set(LINE),
@@ -28,8 +28,8 @@ FLOORS = (
     {"detectors"},
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
-    {"backdoor"},
-    {"run", "info", "tables", "forecast", "figures", "report"},
+    {"backdoor", "tables", "charts", "caches"},
+    {"run", "info", "forecast", "figures", "report", "readme"},
     {"engines", "triggers", "detection"},
     {"sweep", "multirun", "detect"},
     {"cli"},
