@@ -107,9 +107,7 @@ def test_pictures_and_curves_are_those_of_the_runs(text, out):
 def test_what_is_missing_is_named_with_its_command(text):
     part = plain(section(text, "What is missing"))
     assert "attack=nobody: nobody none, nobody ft, nobody npd" in part
-    assert re.search(
-        r"^bdx experiment=cpu_scale attack=blended defense=ft paths.out=\S+ defense.epochs=33$", part, re.MULTILINE
-    )
+    assert re.search(r"^bdx experiment=cpu_scale attack=blended defense=ft paths.out=\S+ defense.epochs=33", part, re.MULTILINE)
     assert "bdx sweep npd2023/table01 scale=cpu" in plain(section(text, "Commands"))
 
 
