@@ -178,8 +178,9 @@ def measured_on(rows: list[dict], current: set[str]) -> str:
     """n, hardware, versions and dates of the rows."""
     of = lambda key: ", ".join(sorted({f"{r[key]:,}" if isinstance(r[key], int) else str(r[key]) for r in rows}))
     days = sorted(r["finished"][:10] for r in rows)
+    what = summary(CONF / "experiment" / f"{PRESET}.yaml").partition(": ")[2].partition(";")[0]
     about = (
-        f"`experiment={PRESET}`, {summary(CONF / 'experiment' / f'{PRESET}.yaml').partition(': ')[2].partition(';')[0]}: {len(rows)} rows, seed "
+        f"`experiment={PRESET}`, {what}: {len(rows)} rows, seed "
         f"{of('seed')} (n says how many, ± is their deviation); {of('n_test')} test images, {of('n_reserved')} reserved; "
         f"{'; '.join(sorted({r['device'] for r in rows}))}; torch {of('torch')}; {days[0]} to {days[-1]}. In percent."
     )

@@ -90,7 +90,21 @@ def test_lightning_is_imported_under_one_name():
         assert not any(n == "lightning" or n.startswith("lightning.") for n in imports(path)), path
 
 
-BEFORE_A_RUN = ["cli", "configure", "recipe", "results", "errors", "info", "detect", "grid", "tables", "sweep"]
+BEFORE_A_RUN = [
+    "cli",
+    "configure",
+    "recipe",
+    "results",
+    "errors",
+    "info",
+    "detect",
+    "grid",
+    "tables",
+    "sweep",
+    "report",
+    "readme",
+    "caches",
+]
 
 
 @pytest.mark.parametrize("module", BEFORE_A_RUN)

@@ -18,11 +18,13 @@ from test_tables import cells, row, write
 from test_tracking_wandb import KEY, Records, bare, nobody, seclude  # noqa: F401
 from wandb_stub import Stub
 
-from bdx import charts, page, report
+from bdx import charts, page, report, sweep
 from bdx.cli import dispatch
 from bdx.comparison import Entry
+from bdx.configure import compose
 from bdx.errors import UserError
 from bdx.grid import Cell
+from bdx.sweep import Plan
 
 NAME, WORDS = "npd2023/table01", ("attack=badnets,blended,nobody", "defense=none,ft,npd")
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
@@ -262,3 +264,14 @@ def test_table_run_reaches_the_server_and_is_one_run(out, tmp_path, monkeypatch,
     assert any(name.endswith(".html") and b"<h2>The table</h2>" in body for name, body in run.files.items())
     assert {f"{name}.csv" for name in FRAMES} <= set(run.files)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "group"), [(["logger=wandb"], NAME), (["logger=wandb", "logger.group=mine"], "mine"), ([], None)]
+)
+def test_cells_of_a_sweep_stand_in_the_group_of_their_table(words, group, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sweep, "plan", lambda table, scale, words, *_, **__: seen.extend(words) or Plan([], {}))
+    assert sweep.sweep([NAME, "scale=cpu", *words]) == 0
+    assert [w for w in seen if w.startswith("logger.group=")] == ([f"logger.group={group}"] if group else [])
+    assert compose(["experiment=cpu_scale", *seen]).logger.get("group") == group
