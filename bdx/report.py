@@ -76,7 +76,10 @@ def heat_map(found: Measured) -> str:
     if not any(e.values("der") for cells in place.values() for e in cells.values()):
         return ""
     rows = [(name, [cell(cells.get(c)) for c in columns]) for name, cells in place.items()]
-    about = "Large: ours; small: in print. 50 says that nothing happened, 100 that the backdoor is gone at no cost."
+    known = (
+        "Large: ours; small: in print. " if any("der" in e.paper for cells in place.values() for e in cells.values()) else ""
+    )
+    about = f"{known}50 says that nothing happened, 100 that the backdoor is gone at no cost."
     return page.section("DER, in percent", page.text(about, "soft"), page.heat(["", *columns], rows))
 
 
@@ -98,7 +101,8 @@ def cell(entry: Entry | None) -> tuple[str, str, str, str] | None:
 def scatter(found: Measured, colour: dict[str, str]) -> str:
     if not (plots := charts.trade_offs(found.entries, colour)):
         return ""
-    used = {charts.label(e): colour[charts.label(e)] for e in measured(found)}
+    drawn = [e for e in measured(found) if e.cell.at.get("defense") != "none"]
+    used = {charts.label(e): colour[charts.label(e)] for e in drawn}
     about = "Ring: the backdoored net; dot: after the defense; cross: after it in print, for the paper's own net."
     return page.section("ACC against ASR", page.text(about, "soft"), page.keys(used), page.panels(plots))
 
