@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint sweep table bench clean
+.PHONY: help setup demo test test-fast lint sweep table report readme bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,12 @@ sweep: $(STAMP)  ## run what is missing of a paper's table: make sweep TABLE=npd
 
 table: $(STAMP)  ## its rows beside the printed numbers, in Markdown
 	$(BIN)/bdx table $(TABLE) scale=$(SCALE)
+
+report: $(STAMP)  ## the same with plots, as one HTML page
+	$(BIN)/bdx report $(TABLE) scale=$(SCALE)
+
+readme: $(STAMP)  ## the README's tables from experiments/results/
+	$(BIN)/python -m bdx.readme
 
 bench: $(STAMP)  ## speed, as ratios within one run
 	$(BIN)/python bench/bench.py

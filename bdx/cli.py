@@ -23,6 +23,7 @@ HELP = """bdx: train backdoored image classifiers, repair them, and measure how 
   bdx -m attack=badnets,blended defense=ft,npd seed=0,1,2                          a grid, by Hydra's multirun
   bdx sweep PAPER/TABLE [scale=smoke|cpu|paper] [--dry-run]                        a paper's table; without a name, all
   bdx table PAPER/TABLE [scale=…] [--format md|csv|tex|html]                       its rows beside the printed numbers
+  bdx report PAPER/TABLE [scale=…] [logger=wandb]                                  the same with plots as one HTML page
   bdx info [attacks|defenses|detectors|datasets|archs|layers]                      what there is
   bdx info triggers [dataset=NAME] [key=value …]   every trigger on real images: norms, PSNR, SSIM, and a picture of all
   bdx figure NAME [RUN_ID] [key=value …]                                           a paper's figure of a run that is done
@@ -34,6 +35,9 @@ HELP = """bdx: train backdoored image classifiers, repair them, and measure how 
 A run that is done is not run again: its row is shown. Everything lies under ./outputs (BDX_OUT or paths.out), images
 under ./data (BDX_DATA or paths.data). Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted.
 """
+COMMANDS = {  # word, and name of the function -> module
+    "data": "data", "figure": "figures", "sweep": "sweep", "table": "tables", "report": "report", "detect": "detect",
+}  # fmt: skip
 HYDRAS_OWN = (
     "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "--resolve", "--package", "-p",
 )  # fmt: skip
@@ -92,8 +96,8 @@ def dispatch(argv: list[str]) -> int:
         from bdx.info import info
 
         return info(argv[1:])
-    if argv[0] in (command := {"data": "data", "figure": "figures", "sweep": "sweep", "table": "tables", "detect": "detect"}):
-        return getattr(import_module(f"bdx.{command[argv[0]]}"), argv[0])(argv[1:])
+    if argv[0] in COMMANDS:
+        return getattr(import_module(f"bdx.{COMMANDS[argv[0]]}"), argv[0])(argv[1:])
     if any(a in ("-m", "--multirun") for a in argv):
         return multirun(argv)
     if any(a.split("=")[0] in HYDRAS_OWN for a in argv):
@@ -105,7 +109,7 @@ def dispatch(argv: list[str]) -> int:
         compose(words)  # Hydra would answer a mistake at length
         return hydra_main([*words, *(a for a in argv if not is_word(a))], lambda cfg: None)  # in one piece, as it wants
     if unknown := [a for a in argv if not is_word(a)]:
-        near = nearest(unknown[0], ["info", "data", "figure", "detect", "sweep", "table", "help"])
+        near = nearest(unknown[0], ["info", *COMMANDS, "help"])
         raise UserError(f"{unknown[0]}: neither a command{near} nor key=value; `bdx --help` shows what there is")
     return single(argv)
 

@@ -167,6 +167,8 @@ def sweep(argv: list[str]) -> int:
     say = (console := Console(highlight=False, soft_wrap=True)).print
     if name is None:
         return overview(options.get("scale", "cpu"), say)
+    if "logger=wandb" in words and not any(w.startswith("logger.group=") for w in words):
+        words = [*words, f"logger.group={name}"]  # W&B shows the cells of a table together
     composer, started = Composer(), time.monotonic()
     table, scale = grid.load(name), grid.scale(options.get("scale", "paper"))
     found = plan(table, scale, words, composer, fetch=not (dry := "--dry-run" in argv))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -79,23 +80,46 @@ def notes(table: Table, entries: list[Entry]) -> list[str]:
     return found
 
 
-def table(argv: list[str]) -> int:
-    """`bdx table NAME [scale=…] [key=value …] [--format md|csv|tex|html]`."""
-    form, argv = option(argv, "--format", "md")
-    one_of("--format", form, FORMATS)
+@dataclass(frozen=True)
+class Measured:
+    """A table as it was asked for, every cell of it with its rows, and where things lie."""
+
+    table: Table
+    scale: grid.Scale
+    entries: list[Entry]
+    paths: dict[str, Path]
+
+    @property
+    def title(self) -> str:
+        return f"{self.table.name}, scale={self.scale.name}: {self.table.title}"
+
+
+def read(argv: list[str], usage: str) -> Measured:
+    """What NAME [scale=…] [key=value …] asks for. usage: what to answer a mistake with."""
     names, words = [a for a in argv if "=" not in a], [a for a in argv if "=" in a]
     if len(names) != 1 or names[0].startswith("-"):
-        raise UserError(f"expected `bdx table NAME [scale=…] [--format md|csv|tex|html]`; there are {', '.join(grid.tables())}")
+        raise UserError(f"expected `{usage}`; there are {', '.join(grid.tables())}")
     size = next((w.partition("=")[2] for w in words if w.startswith("scale=")), "paper")
     words = [w for w in words if not w.startswith("scale=")]
     asked, scale, composer = grid.load(names[0]), grid.scale(size), Composer()
     plain = resolve({"paths": composer.plain(tuple(w for w in words if w.startswith("paths.")))["paths"]})
-    folder = Path(plain["paths"]["results"]).expanduser()
-    found = collect(asked, scale, words, composer, (folder, grid.EXPERIMENTS / "results"))
-    now, _ = grid.asked(asked, words)
-    print(FORMATS[form](f"{asked.name}, scale={scale.name}: {asked.title}", *laid_out(now, found), notes(now, found)), end="")
+    paths = {k: Path(v).expanduser() for k, v in plain["paths"].items()}
+    found = collect(asked, scale, words, composer, (paths["results"], grid.EXPERIMENTS / "results"))
+    return Measured(grid.asked(asked, words)[0], scale, found, paths)
+
+
+def strangers(folder: Path) -> None:
     for path in results.foreign(folder):
         print(f"bdx: {path} is no result row, or not whole; it was left out", file=sys.stderr)
+
+
+def table(argv: list[str]) -> int:
+    """`bdx table NAME [scale=…] [key=value …] [--format md|csv|tex|html]`."""
+    form, argv = option(argv, "--format", "md")
+    one_of("--format", form, FORMATS)
+    found = read(argv, "bdx table NAME [scale=…] [--format md|csv|tex|html]")
+    print(FORMATS[form](found.title, *laid_out(found.table, found.entries), notes(found.table, found.entries)), end="")
+    strangers(found.paths["results"])
     return 0
 
 

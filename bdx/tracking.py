@@ -77,18 +77,25 @@ class WandB(Silent):
         self.mode, self.timeout, self.run = mode, timeout, None
 
     def start(self, cfg, id, folder):
+        names = cfg["names"]
+        self.open(
+            id, folder, config=cfg, name=f"{names['attack']}-{names['defense']}-{cfg['seed']}", job_type=names["defense"],
+            group=self.group or names["attack"], tags=[names["dataset"], names["arch"], *self.tags],
+        )  # fmt: skip
+        self.run.define_metric("epoch", hidden=True, summary="none")
+        self.run.define_metric("*", step_metric="epoch", summary="none")
+
+    def open(self, id: str, folder: Path, **of) -> None:
+        """Start W&B's run `id`, whose name, group, job type, tags and configuration are in `of`."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else lines and 20 s at exit where no server answers
         import wandb
 
         folder.mkdir(parents=True, exist_ok=True)
-        names = cfg["names"]
         lean = {"silent": True, "console": "off", "x_disable_stats": True, "disable_git": True, "save_code": False}
         wait = {"init_timeout": self.timeout, "finish_timeout": self.timeout, "finish_timeout_raises": True}
         about = {
             "project": self.project, "entity": self.entity, "id": id, "resume": "allow", "dir": str(folder),
-            "name": f"{names['attack']}-{names['defense']}-{cfg['seed']}", "group": self.group or names["attack"],
-            "job_type": names["defense"], "tags": [names["dataset"], names["arch"], *self.tags], "config": cfg,
-            "settings": wandb.Settings(**lean, **wait),
+            "settings": wandb.Settings(**lean, **wait), **of,
         }  # fmt: skip
         try:
             self.run = wandb.init(mode=self.settled(wandb), **about)
@@ -98,8 +105,25 @@ class WandB(Silent):
             wandb.teardown()  # the service that failed still holds the id
             self.run = wandb.init(mode="offline", **about)
             self.say(f"not online ({' '.join(str(e).split())}); going on offline")
-        self.run.define_metric("epoch", hidden=True, summary="none")
-        self.run.define_metric("*", step_metric="epoch", summary="none")
+
+    def table(self, name: str, id: str, folder: Path, about: dict, frames: dict, page: str, pictures: dict[str, Path]) -> None:
+        """A paper's table as a run of its own, in the group of its cells. about: its summary and configuration;
+        frames: name -> (head, rows), kept as NAME.csv among the run's files; page: HTML; pictures: caption -> PNG."""
+        self.open(id, folder, config=about, name=name, job_type="table", group=self.group or name, tags=["table", *self.tags])
+        import wandb
+
+        try:
+            for stem, (head, rows) in frames.items():  # W&B's own tables are artifacts, which nothing else here needs
+                with open(path := Path(self.run.dir) / f"{stem}.csv", "w", newline="") as f:
+                    csv.writer(f).writerows([head, *rows])
+                self.run.save(str(path), base_path=self.run.dir, policy="now")
+            self.run.log({"report": wandb.Html(page, inject=False)})
+            if pictures:
+                self.run.log({"pictures": [wandb.Image(str(path), caption=text) for text, path in pictures.items()]})
+            self.finish(about)
+        except BaseException:
+            self.fail()
+            raise
 
     def settled(self, wandb) -> str:
         """The mode to start in. Asks neither the user for a key nor the server whether it is good."""

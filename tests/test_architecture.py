@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bdx"
 LINE = (
     "errors", "files", "split", "picture", "draws", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery",
     "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build", "recipe", "imagefile",
-    "store", "results", "configure", "agreement", "layout", "composer", "grid",
+    "store", "results", "configure", "agreement", "layout", "page", "composer", "grid",
 )  # fmt: skip
 FLOORS = (
     set(LINE),
@@ -28,8 +28,8 @@ FLOORS = (
     {"detectors"},
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
-    {"backdoor"},
-    {"run", "info", "data", "tables", "forecast", "figures", "report"},
+    {"backdoor", "tables", "charts"},
+    {"run", "info", "data", "forecast", "figures", "report", "readme"},
     {"engines", "triggers", "detection"},
     {"sweep", "multirun", "detect"},
     {"cli"},
@@ -90,7 +90,21 @@ def test_lightning_is_imported_under_one_name():
         assert not any(n == "lightning" or n.startswith("lightning.") for n in imports(path)), path
 
 
-BEFORE_A_RUN = ["cli", "configure", "recipe", "results", "errors", "info", "detect", "grid", "tables", "sweep"]
+BEFORE_A_RUN = [
+    "cli",
+    "configure",
+    "recipe",
+    "results",
+    "errors",
+    "info",
+    "detect",
+    "grid",
+    "tables",
+    "sweep",
+    "report",
+    "readme",
+    "caches",
+]
 
 
 @pytest.mark.parametrize("module", BEFORE_A_RUN)

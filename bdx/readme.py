@@ -1,0 +1,225 @@
+"""`make readme`: the README's tables, made from experiments/results/ between their markers. No torch in here."""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean
+
+from bdx import grid, metrics, results
+from bdx.comparison import printed
+from bdx.composer import Composer
+from bdx.configure import CONF, show, summary
+from bdx.errors import UserError
+from bdx.grid import Cell
+from bdx.tables import number
+
+MARKED = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+PRESET, SCALE = "cpu_scale", "cpu"
+PAPERS = {"npd2023/table01": "NPD", "d32024/table01": "D3", "tnr2022/table01": "T&R"}
+ALIKE = {"badnets": "badnet_white", "blended": "blend"}  # Trap-and-Replace's own triggers of that kind
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method as it was run: changed: the keys that differ from its YAML, as words; rows: one for each seed."""
+
+    attack: str
+    defense: str
+    changed: tuple[str, ...]
+    rows: tuple[dict, ...]
+
+    def scores(self, *names: str) -> str:
+        """Means over the seeds, in percent; of a net before its repair, one for each backdoor."""
+        return " / ".join(number([r[k] for r in self.rows if r.get(k) is not None], k) for k in names)
+
+
+def words(row: dict) -> tuple[str, ...]:
+    """What was asked for by hand, in whatever order."""
+    return tuple(sorted(f"{k}={show(v)}" for k, v in row.items() if "." in k))
+
+
+def ours(rows: Iterable[dict], composer: Composer) -> tuple[list[dict], set[str]]:
+    """(the preset's rows, ids of those that its configuration of today makes).
+
+    A row does not name its preset: its id tells. One whose id no configuration makes any more, because a recipe has got
+    new keys since, counts if its data set, net and training are the preset's and it was measured on a CPU.
+    """
+    names = composer.plain((f"experiment={PRESET}",))["names"]
+    kept, current = [], set()
+    for row in rows:
+        if any(row[k] != names[k] for k in ("dataset", "arch", "train")):
+            continue
+        if made(row, composer) == row["id"]:
+            current.add(row["id"])
+        elif not row["device"].startswith("cpu"):
+            continue
+        kept.append(row)
+    return kept, current
+
+
+def made(row: dict, composer: Composer) -> str | None:
+    """The id that a run with the names and words of `row` has today."""
+    asked = (f"experiment={PRESET}", f"attack={row['attack']}", f"defense={row['defense']}", f"seed={row['seed']}", *words(row))
+    try:
+        return grid.ids(asked, composer, row["data_sha256"])[0]
+    except UserError:  # a method or a key that is gone
+        return None
+
+
+def settings(rows: list[dict], current: set[str], own=lambda word: True) -> list[Setting]:
+    """Rows by attack, defense and those words that `own` picks; of two with one seed the row of today's recipe counts,
+    then the newer."""
+    groups: dict[tuple, dict[int, dict]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda r: (r["id"] in current, r["finished"])):
+        groups[row["attack"], row["defense"], tuple(w for w in words(row) if own(w))][row["seed"]] = row
+    return [Setting(*of, tuple(by.values())) for of, by in sorted(groups.items())]
+
+
+def first(found: list[Setting], composer: Composer) -> tuple[list[Setting], list[Setting]]:
+    """(one setting for each attack and defense, all others): that of `scale=cpu` where it is measured, else the one with
+    the fewest changed keys."""
+    groups: dict[tuple, list[Setting]] = defaultdict(list)
+    for s in found:
+        groups[s.attack, s.defense].append(s)
+    chosen = []
+    for (attack, defense), of in groups.items():
+        cell = Cell({}, (f"experiment={PRESET}", f"attack={attack}", f"defense={defense}"))
+        scaled = {w for w in grid.whole(cell, grid.scale(SCALE), composer).words if w.startswith("defense.")}
+        chosen.append(min(of, key=lambda s: (set(s.changed) != scaled, len(s.changed), s.changed)))
+    return chosen, [s for s in found if s not in chosen]
+
+
+@cache
+def of_paper(name: str) -> grid.Table:
+    return grid.load(name)
+
+
+def in_print() -> dict[tuple[str, str, str], dict[str, float]]:
+    """(table, attack, defense) -> metric -> percent."""
+    found: dict[tuple, dict[str, float]] = defaultdict(dict)
+    for name in PAPERS:
+        for place, metric, value in printed(of_paper(name)):
+            found[name, place["attack"], place["defense"]][metric] = value
+    return found
+
+
+def theirs(attack: str, defense: str, known: dict) -> str:
+    """before → after, DER; from the paper that proposes the defense, else from the first that prints it."""
+    own = [name for name in PAPERS if of_paper(name).claim["of"].get("defense") == defense]
+    for name in (*own, *PAPERS):
+        there = ALIKE.get(attack, attack) if PAPERS[name] == "T&R" else attack
+        before, after = known.get((name, there, "none"), {}), known.get((name, there, defense), {})
+        if {"acc", "asr"} <= set(before) and {"acc", "asr"} <= set(after):
+            numbers = before["acc"], before["asr"], after["acc"], after["asr"]
+            der = after.get("der", 100 * metrics.der(*(n / 100 for n in numbers)))
+            return "{}: {:.2f} / {:.2f} → {:.2f} / {:.2f}, {:.2f}".format(PAPERS[name], *numbers, der)
+    return "–"
+
+
+def repairs(rows: list[dict], current: set[str], composer: Composer) -> str:
+    known = in_print()
+    chosen, more = first(settings([r for r in rows if r["defense"] != "none"], current), composer)
+    head = [
+        "attack, ACC / ASR before",
+        "defense",
+        "changed keys",
+        "ACC / ASR / RA",
+        "DER",
+        "n",
+        "in print: before → after, DER",
+    ]
+
+    def lines(of: list[Setting]) -> list[list[str]]:
+        made, last = [], None
+        for s in of:
+            before = f"`{s.attack}` {s.scores('acc_before', 'asr_before')}"  # a backdoor may have been trained twice
+            changed = ", ".join(f"`{w.removeprefix('defense.')}`" for w in s.changed)
+            after = s.scores("acc", "asr", "ra"), s.scores("der"), str(len(s.rows)), theirs(s.attack, s.defense, known)
+            made.append(["" if before == last else before, f"`{s.defense}`", changed, *after])
+            last = before
+        return made
+
+    about = (
+        f"{measured_on(rows, current)} Of each defense the setting of `scale={SCALE}` (a third of the papers' epochs) where "
+        "it was measured, else that with the fewest changed keys, which the third column names; all others are folded below. "
+        "In print: full-size nets and recipes, which is another setting; for Trap-and-Replace also another net (WRN16-1) and "
+        "trigger (`badnet_white`, `blend`)."
+    )
+    fold = ["", f"<details><summary>{len(more)} other settings of the same defenses</summary>", "", *rule(head, lines(more))]
+    about = textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([about, "", *rule(head, lines(chosen)), *([*fold, "", "</details>"] if more else [])])
+
+
+def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
+    """Nets before any repair, as the newest row of each backdoor and seed found them."""
+    known = in_print()
+    found = settings([r | {"defense": ""} for r in rows], current, own=lambda word: not word.startswith("defense."))
+    head = ["attack", "changed keys", "ACC / ASR", "poisoned images", "seconds", "n", "in print: ACC / ASR"]
+    lines = []
+    for s in found:
+        prints = [(PAPERS[name], known.get((name, s.attack, "none"), {})) for name in PAPERS]
+        told = "; ".join(f"{paper} {p['acc']:.2f} / {p['asr']:.2f}" for paper, p in prints if {"acc", "asr"} <= set(p))
+        images = ", ".join(sorted({f"{r['n_poisoned']:,}" for r in s.rows}))
+        seconds = f"{mean(r['seconds_attack'] for r in s.rows):.0f}"
+        changed = ", ".join(f"`{w}`" for w in s.changed)
+        numbers = s.scores("acc_before", "asr_before"), images, seconds, str(len(s.rows)), told or "–"
+        lines.append([f"`{s.attack}`", changed, *numbers])
+    return "\n".join(["The backdoors themselves, before any repair:", "", *rule(head, lines)])
+
+
+def measured_on(rows: list[dict], current: set[str]) -> str:
+    """n, hardware, versions and dates of the rows."""
+    of = lambda key: ", ".join(sorted({f"{r[key]:,}" if isinstance(r[key], int) else str(r[key]) for r in rows}))
+    days = sorted(r["finished"][:10] for r in rows)
+    what = summary(CONF / "experiment" / f"{PRESET}.yaml").partition(": ")[2].partition(";")[0]
+    about = (
+        f"`experiment={PRESET}`, {what}: {len(rows)} rows, seed "
+        f"{of('seed')} (n says how many, ± is their deviation); {of('n_test')} test images, {of('n_reserved')} reserved; "
+        f"{'; '.join(sorted({r['device'] for r in rows}))}; torch {of('torch')}; {days[0]} to {days[-1]}. In percent."
+    )
+    if old := sum(r["id"] not in current for r in rows):
+        about += (
+            f" {old} of them were measured before a recipe got new keys: no command of today makes their ids, so `bdx table` "
+            "leaves them out."
+        )
+    return about
+
+
+def rule(head: list[str], lines: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+
+
+MAKERS = {PRESET: repairs, f"{PRESET}_attacks": attacks}
+
+
+def written(text: str, rows: list[dict], composer: Composer) -> str:
+    """`text` with every marked table made anew from `rows`."""
+    found = ours(rows, composer)
+    marked = {name for _, name, _ in MARKED.findall(text)}
+    if unknown := marked ^ set(MAKERS):
+        raise UserError(f"README: expected each of {', '.join(f'<!-- table:{n} -->' for n in MAKERS)}; {min(unknown)} is wrong")
+    make = lambda name: MAKERS[name](*found, composer) if found[0] else "No row has been measured yet."
+    return MARKED.sub(lambda m: f"{m[1]}{make(m[2])}\n{m[3]}", text)
+
+
+def main(argv: list[str]) -> None:
+    path = Path(argv[0] if argv else "README.md")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; run this where README.md lies, or name it")
+    text = path.read_text()
+    results.write_atomically(path, new := written(text, results.rows(grid.EXPERIMENTS / "results"), Composer()))
+    print(f"{path}: {'as it was' if new == text else 'tables made anew'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        sys.exit(f"bdx: error: {e}")

@@ -1,0 +1,143 @@
+"""The README's tables are made from the rows, and from nothing else."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import ROOT
+from test_tables import cells, row
+
+from bdx import grid, readme, results
+from bdx.composer import Composer
+from bdx.configure import compose
+from bdx.errors import UserError
+
+COMPOSER = Composer()
+EMPTY = "a\n<!-- table:cpu_scale -->\nold\n<!-- /table -->\nb\n<!-- table:cpu_scale_attacks -->\n<!-- /table -->\nc\n"
+NAME = "npd2023/table01"
+COMMON = {
+    "ra_before": 0.0, "ra": 0.75, "n_test": 10000, "n_reserved": 2500, "n_poisoned": 5000, "seconds_attack": 60.0,
+    "device": "cpu, 1 threads", "finished": "2026-11-21T00:00:00+00:00", "backdoor": "b",
+}  # fmt: skip
+
+
+def measured(attack: str, defense: str, seed: int = 0, *words: str, **scores) -> dict:
+    """A row of a cell of the table, or of its words with others in place of the scale's."""
+    (cell,) = cells(NAME, "cpu", f"attack={attack}", f"defense={defense}")
+    given = [w for w in (words or cell.words) if "." in w.partition("=")[0]]
+    asked = compose(["experiment=cpu_scale", *given]).asked
+    found = row(cell, seed) | COMMON | scores | dict(asked)
+    return found | {"id": readme.made(found, COMPOSER)}
+
+
+def written(rows, text: str = EMPTY) -> str:
+    return readme.written(text, rows, COMPOSER)
+
+
+def table(text: str, name: str) -> list[list[str]]:
+    """Fields of the rows between a table's markers."""
+    part = text.partition(f"<!-- table:{name} -->")[2].partition("<!-- /table -->")[0]
+    return [[f.strip() for f in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| ")]
+
+
+def test_readme_is_current():
+    """`make readme` would change nothing."""
+    text = (ROOT / "README.md").read_text()
+    assert written(results.rows(ROOT / "experiments" / "results"), text) == text
+
+
+def test_every_row_of_the_preset_stands_in_the_readme():
+    rows = results.rows(ROOT / "experiments" / "results")
+    (chosen, more) = readme.first(
+        readme.settings([r for r in readme.ours(rows, COMPOSER)[0] if r["defense"] != "none"], set()), COMPOSER
+    )
+    shown = {r["id"] for s in (*chosen, *more) for r in s.rows}
+    assert shown == {r["id"] for r in rows if r["dataset"] == "cifar10" and r["defense"] != "none"}
+    text = (ROOT / "README.md").read_text()
+    assert all(s.scores("acc", "asr", "ra") in text for s in (*chosen, *more))
+
+
+def test_means_over_seeds_stand_beside_the_printed_number():
+    """NPD Table 1 prints for BadNets 91.82 / 93.79 without defense, 88.93 / 1.26 and DER 94.82 with NPD."""
+    rows = [measured("badnets", "npd", s, acc=a, asr=0.02, der=0.9) for s, a in ((0, 0.80), (1, 0.84))]
+    head, _, line = table(written(rows), "cpu_scale")
+    assert head[0] == "attack, ACC / ASR before"
+    assert line == [
+        "`badnets` 90.00 ± 0.00 / 100.00 ± 0.00", "`npd`", "`epochs=17`, `warmup_epochs=2`",
+        "82.00 ± 2.83 / 2.00 ± 0.00 / 75.00 ± 0.00", "90.00 ± 0.00", "2", "NPD: 91.82 / 93.79 → 88.93 / 1.26, 94.82",
+    ]  # fmt: skip
+
+
+def test_backdoors_are_shown_as_the_newest_row_found_them():
+    late = COMMON | {"finished": "2026-11-22T00:00:00+00:00", "acc_before": 0.5, "seconds_attack": 90.0}
+    rows = [measured("badnets", "npd"), measured("badnets", "none", acc_before=0.7), measured("badnets", "npd_tp", **late)]
+    _, _, line = table(written(rows), "cpu_scale_attacks")
+    printed = "NPD 91.82 / 93.79; D3 91.32 / 95.03"
+    assert line == ["`badnets`", "", "50.00 / 100.00", "5,000", "90", "1", printed]
+
+
+def test_the_scales_setting_stands_first_and_no_other_is_lost():
+    other, plain = (measured("badnets", "npd", 0, w, acc=a) for w, a in (("defense.lambda_ce=0.5", 0.1), ("none=", 0.2)))
+    text = written([other, plain, measured("badnets", "npd", acc=0.3)])
+    assert [line[2:4] for line in table(text, "cpu_scale") if line[1] == "`npd`"] == [
+        ["`epochs=17`, `warmup_epochs=2`", "30.00 / 10.00 / 75.00"],
+        ["", "20.00 / 10.00 / 75.00"], ["`lambda_ce=0.5`", "10.00 / 10.00 / 75.00"],
+    ]  # fmt: skip
+    assert "2 other settings" in text
+    text = written([other, plain])
+    assert table(text, "cpu_scale")[2][2] == ""  # of what is measured the fewest changed keys
+
+
+def test_a_backdoor_trained_twice_is_shown_with_both_scores():
+    rows = measured("badnets", "npd", acc_before=0.91), measured("badnets", "npd_tp", acc_before=0.92)
+    assert [line[0] for line in table(written(rows), "cpu_scale")[2:]] == [
+        "`badnets` 91.00 / 100.00", "`badnets` 92.00 / 100.00",
+    ]  # fmt: skip
+
+
+def test_rows_of_another_preset_are_left_out_and_older_ones_are_counted():
+    now = measured("badnets", "npd", acc=0.3)
+    wide = measured("badnets", "npd", acc=0.9) | {"id": "0" * 16, "device": "NVIDIA H200"}  # the same words, another width
+    old = measured("badnets", "npd", acc=0.8) | {"id": "1" * 16}
+    digits = now | {"id": "2" * 16, "dataset": "digits"}
+    text = written([now, wide, digits])
+    assert "1 rows" in text
+    assert "before a recipe got new keys" not in text
+    text = written([now, old])
+    assert "1 of them were measured before a recipe got new keys" in " ".join(text.split())
+    assert table(text, "cpu_scale")[2][3] == "30.00 / 10.00 / 75.00"  # today's counts
+    assert table(written([old]), "cpu_scale")[2][3] == "80.00 / 10.00 / 75.00"
+
+
+def test_what_stands_outside_the_markers_is_kept_and_no_rows_say_so():
+    text = written([])
+    assert text.startswith("a\n<!-- table:cpu_scale -->\nNo row has been measured yet.\n<!-- /table -->\nb\n")
+    assert text.endswith("c\n")
+    assert written([], text) == text
+
+
+@pytest.mark.parametrize("text", ["no marker", EMPTY.replace("cpu_scale_attacks", "cpu_scael")])
+def test_a_marker_that_is_wrong_is_named(text):
+    with pytest.raises(UserError, match="expected each of <!-- table:cpu_scale -->"):
+        written([], text)
+
+
+def test_trap_and_replace_is_compared_with_its_own_triggers():
+    known = readme.in_print()
+    of = grid.load("tnr2022/table01").rows
+    (asr,) = (float(r["value"]) for r in of if (r["attack"], r["defense"], r["metric"]) == ("badnet_white", "tnr", "ASR"))
+    assert f" {asr:.2f}, " in readme.theirs("badnets", "tnr", known)
+    assert readme.theirs("badnets", "anp", known).startswith("NPD: ")  # all three print it
+    assert readme.theirs("badnets", "fst", known) == "–"
+
+
+def test_the_file_is_written_whole_and_a_missing_one_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(results, "rows", lambda folder: [measured("badnets", "npd")])
+    path = tmp_path / "README.md"
+    path.write_text(EMPTY)
+    readme.main([str(path)])
+    readme.main([str(path)])
+    assert [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines()] == ["tables made anew", "as it was"]
+    assert len(table(path.read_text(), "cpu_scale_attacks")) == 3
+    with pytest.raises(UserError, match="no such file"):
+        readme.main([str(tmp_path / "READTHAT.md")])
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
