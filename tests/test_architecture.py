@@ -103,7 +103,7 @@ BEFORE_A_RUN = [
     "sweep",
     "report",
     "readme",
-    "caches",
+    "data",
 ]
 
 

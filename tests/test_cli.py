@@ -146,7 +146,7 @@ MISTAKES = [
     ("train.optimizer.momentun=0.8", r"did you mean train\.optimizer\.momentum\b"),
     (
         "attack=badnet",
-        r"attack=badnet: no such attack \(did you mean badnets\b.*there are badnet_grid, badnet_white, badnets, ",
+        r"attack=badnet: no such attack \(did you mean badnets\b.*there are .*badnet_grid, badnet_white, badnets, ",
     ),
     ("defense=zzzz", r"defense=zzzz: no such defense; there are .*\bnpd\b"),
     ("experiment=dmeo", r"no such experiment \(did you mean demo\?\)"),
