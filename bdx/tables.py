@@ -14,6 +14,8 @@ from bdx.errors import UserError, one_of
 from bdx.grid import Table
 from bdx.layout import FORMATS, Text
 
+PACKAGED = grid.EXPERIMENTS / "results"  # the rows that travel with bdx
+
 
 def number(values: list[float], metric: str) -> str:
     """Mean ± sd over seeds; percent, or seconds."""
@@ -104,7 +106,7 @@ def read(argv: list[str], usage: str) -> Measured:
     asked, scale, composer = grid.load(names[0]), grid.scale(size), Composer()
     plain = resolve({"paths": composer.plain(tuple(w for w in words if w.startswith("paths.")))["paths"]})
     paths = {k: Path(v).expanduser() for k, v in plain["paths"].items()}
-    found = collect(asked, scale, words, composer, (paths["results"], grid.EXPERIMENTS / "results"))
+    found = collect(asked, scale, words, composer, (paths["results"], PACKAGED))
     return Measured(grid.asked(asked, words)[0], scale, found, paths)
 
 

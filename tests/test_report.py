@@ -30,6 +30,14 @@ NAME, WORDS = "npd2023/table01", ("attack=badnets,blended,nobody", "defense=none
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_rows_but_these(tmp_path_factory):
+    """The rows that travel with bdx are others every week."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bdx.tables.PACKAGED", tmp_path_factory.mktemp("packaged"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """Three rows of two attacks and two defenses; what a run leaves beside its net, for the first of them."""
