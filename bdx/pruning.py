@@ -194,6 +194,13 @@ class Curve(nn.Module):
             defense.extras["curve"] = self
 
 
+def thresholds(step: float, last: float) -> list[float]:
+    """0, step, … last."""
+    if not 0 < step <= last <= 1:
+        raise UserError(f"defense.step={step}, last={last}: expected 0 < step <= last <= 1")
+    return [round(i * step, 6) for i in range(int(last / step + 1e-6) + 1)]
+
+
 @torch.no_grad()
 def accuracy(net: nn.Module, split: Split, size: int = 1000) -> float:
     """Share of `split` that the net, in eval mode, puts into the class of its label."""

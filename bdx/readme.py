@@ -142,7 +142,8 @@ def repairs(rows: list[dict], current: set[str], composer: Composer) -> str:
             before = f"`{s.attack}` {s.scores('acc_before', 'asr_before')}"  # a backdoor may have been trained twice
             changed = ", ".join(f"`{w.removeprefix('defense.')}`" for w in s.changed)
             after = s.scores("acc", "asr", "ra"), s.scores("der"), str(len(s.rows)), theirs(s.attack, s.defense, known)
-            made.append(["" if before == last else before, f"`{s.defense}`", changed, *after])
+            older = "" if all(r["id"] in current for r in s.rows) else " †"
+            made.append(["" if before == last else before, f"`{s.defense}`{older}", changed, *after])
             last = before
         return made
 
@@ -186,8 +187,8 @@ def measured_on(rows: list[dict], current: set[str]) -> str:
     )
     if old := sum(r["id"] not in current for r in rows):
         about += (
-            f" {old} of them were measured before a recipe got new keys: no command of today makes their ids, so `bdx table` "
-            "leaves them out."
+            f" {old} of them, marked †, were measured before something in their recipe changed (see Limits): no command of "
+            "today makes their ids, so `bdx table` leaves them out."
         )
     return about
 

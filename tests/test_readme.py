@@ -101,11 +101,13 @@ def test_rows_of_another_preset_are_left_out_and_older_ones_are_counted():
     digits = now | {"id": "2" * 16, "dataset": "digits"}
     text = written([now, wide, digits])
     assert "1 rows" in text
-    assert "before a recipe got new keys" not in text
+    assert "†" not in text
     text = written([now, old])
-    assert "1 of them were measured before a recipe got new keys" in " ".join(text.split())
+    assert "1 of them, marked †, were measured before something in their recipe changed" in " ".join(text.split())
+    assert table(text, "cpu_scale")[2][1] == "`npd`"
     assert table(text, "cpu_scale")[2][3] == "30.00 / 10.00 / 75.00"  # today's counts
     assert table(written([old]), "cpu_scale")[2][3] == "80.00 / 10.00 / 75.00"
+    assert table(written([old]), "cpu_scale")[2][1] == "`npd` †"
 
 
 def test_what_stands_outside_the_markers_is_kept_and_no_rows_say_so():

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from bdx.archs.base import fresh
 from bdx.datasets.base import ImageData
 from bdx.defenses.base import Tuning
 from bdx.detectors.base import Detector
@@ -34,7 +33,7 @@ class AC(Tuning):
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         flagged = self.suspects(data, make_trainer)
         self.facts = {"removed": float(flagged.double().mean())}
-        self.net.load_state_dict(fresh(self.net).state_dict())
+        self.renew()
         batches = self.left(data, data.train[~flagged])
         make_trainer(type(self).__name__, self.epochs).fit(self.ready(), batches)
         return self.net

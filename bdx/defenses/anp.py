@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bdx.datasets.base import ImageData
 from bdx.defenses.base import Tuning
 from bdx.errors import UserError
-from bdx.pruning import Masks, Rule
+from bdx.pruning import Masks, Rule, thresholds
 from bdx.training import at_least_one
 
 
@@ -43,15 +43,11 @@ class ANP(Tuning):
         max_drop: float, step: float, last: float, **loop,
     ):  # fmt: skip
         at_least_one("defense", steps=steps)
-        if eps <= 0 or not 0 <= alpha <= 1 or not 0 < step <= last <= 1:
-            raise UserError(
-                f"defense.eps={eps}, alpha={alpha}, step={step}, last={last}: expected eps above 0, alpha from 0 to 1, "
-                "and 0 < step <= last <= 1"
-            )
+        if eps <= 0 or not 0 <= alpha <= 1:
+            raise UserError(f"defense.eps={eps}, alpha={alpha}: expected eps above 0, alpha from 0 to 1")
         super().__init__(net, **loop)
         self.eps, self.steps, self.project, self.alpha = eps, steps, project, alpha
-        self.rule = Rule(select, threshold, max_drop)
-        self.grid = [round(i * step, 6) for i in range(int(last / step + 1e-6) + 1)]
+        self.rule, self.grid = Rule(select, threshold, max_drop), thresholds(step, last)
 
     def ready(self) -> ANP:
         self.masks = Masks(copy.deepcopy(self.net))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdx import places, surgery
-from bdx.archs.base import build
+from bdx.archs.base import fresh
 from bdx.contrastive import Projector, contrast, nt_xent
 from bdx.datasets.base import Batches, ImageData
 from bdx.errors import UserError
@@ -28,7 +28,7 @@ class Defense(pl.LightningModule):
     trains, cost     in words, for `bdx info defenses`: which parameters, and what that takes
 
     `run` gets an ImageData in which only the declared splits can be touched, never the test set. What it leaves besides
-    the net is kept by the run: `facts` (name -> number) in the row, `pictures` (name -> rows of images, (R,N,C,H,W) in
+    the net is kept by the run: `facts` (name -> number or word) in the row, `pictures` (name -> rows of images, (R,N,C,H,W) in
     [0,1]) and `extras` (name -> module with a `spec` to build it again) beside the net.
     """
 
@@ -43,7 +43,7 @@ class Defense(pl.LightningModule):
                 "take another defense, or an arch with BatchNorm such as preact_resnet18"
             )
         self.net = net
-        self.facts: dict[str, float] = {}
+        self.facts: dict[str, float | str] = {}
         self.pictures: dict[str, Tensor] = {}
         self.extras: dict[str, nn.Module] = {}
 
@@ -53,10 +53,9 @@ class Defense(pl.LightningModule):
 
     def renew(self, names: tuple[str, ...] = ("normalize", "body")) -> None:
         """The named modules get the weights of a net just built."""
-        spec = {k: v for k, v in self.net.spec.items() if k != "arch"}
-        fresh = build(self.net.spec["arch"], **spec | {"shape": tuple(spec["shape"])})
+        new = fresh(self.net)
         for name in names:
-            self.net.get_submodule(name).load_state_dict(fresh.get_submodule(name).state_dict())
+            self.net.get_submodule(name).load_state_dict(new.get_submodule(name).state_dict())
 
 
 class Tuning(Defense):

@@ -21,7 +21,7 @@ from torch import nn
 from bdx.datasets.base import ImageData
 from bdx.defenses.base import Defense
 from bdx.errors import UserError
-from bdx.pruning import Masks, Rule
+from bdx.pruning import Masks, Rule, thresholds
 from bdx.training import at_least_one, optimizers, try_out
 
 
@@ -79,12 +79,12 @@ class RNP(Defense):
         for name, stage in (("unlearn", unlearn), ("recover", recover)):
             at_least_one(f"defense.{name}", epochs=stage["epochs"])
             try_out(f"defense.{name}", SimpleNamespace(**stage))
-        if not 0 <= stop < 1 or not 0 < step <= last <= 1:
-            raise UserError(f"defense.stop={stop}, step={step}, last={last}: expected 0 <= stop < 1 and 0 < step <= last <= 1")
+        if not 0 <= stop < 1:
+            raise UserError(f"defense.stop={stop}: expected 0 <= stop < 1")
         super().__init__(net)
         self.images, self.batch, self.augment, self.stop = images, batch, augment, stop
         self.unlearn, self.recover, self.rule = unlearn, recover, Rule(select, threshold, max_drop)
-        self.grid = [round(i * step, 6) for i in range(int(last / step + 1e-6) + 1)]
+        self.grid = thresholds(step, last)
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         scratch = copy.deepcopy(self.net)
