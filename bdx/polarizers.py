@@ -2,6 +2,7 @@
 
 Each takes and returns features (N, C, H, W) and starts as the identity; `calibrate(mean, var)` tells it the moments of
 the features (each (C,)), so that a polarizer with BatchNorm is the identity with running statistics of these features.
+All are called `layer(z, label)`, as CNPD's are (bdx.conditioned); these here do not look at the label.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Conv(Polarizer):
         super().__init__(channels)
         self.conv = identity_conv(channels)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return self.conv(z)
 
 
@@ -54,7 +55,7 @@ class ConvBN(Conv):
         super().__init__(channels)
         self.bn = nn.BatchNorm2d(channels)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return self.bn(self.conv(z))
 
 
@@ -65,7 +66,7 @@ class ConvBNx2(Polarizer):
         super().__init__(channels)
         self.first, self.second = ConvBN(channels), ConvBN(channels)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return self.second(self.first(z))
 
 
@@ -77,7 +78,7 @@ class Linear(Polarizer):
         self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return z * self.weight + self.bias
 
 
@@ -96,7 +97,7 @@ class Denoiser(Polarizer):
     def denoise(self, z: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how it denoises")
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return z + self.mix(self.denoise(z) - z)
 
 
