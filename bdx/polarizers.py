@@ -7,6 +7,9 @@ All are called `layer(z, label)`, as CNPD's are (bdx.conditioned); these here do
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,10 +34,44 @@ class Polarizer(nn.Module):
     @torch.no_grad()
     def calibrate(self, mean: Tensor, var: Tensor) -> None:
         for bn in self.norms():
-            bn.running_mean.copy_(mean)
-            bn.running_var.copy_(var)
-            bn.weight.copy_((var + bn.eps).sqrt())
-            bn.bias.copy_(mean)
+            self.know(bn, mean, var)
+            self.absorb(bn, mean, (var + bn.eps).sqrt())
+
+    @contextmanager
+    def neutral(self, mean: Tensor, var: Tensor) -> Iterator[None]:
+        """Within, each BatchNorm gives the features' moments back: s (γ x̂ + β) + m, the identity with γ = 1 and β = 0. A
+        step of γ then moves the features as one of a convolution's weight does; where `calibrate` has put s into γ, it
+        moves them 1/s² times as far. Afterwards γ and β have taken s and m in: the same function, an ordinary BatchNorm."""
+        norms, handles = self.norms(), []
+        for bn in norms:
+            self.know(bn, mean, var)
+            scale, shift = (self.per_channel(bn, v) for v in ((var + bn.eps).sqrt(), mean))
+            handles.append(bn.register_forward_hook(lambda _, args, out, s=scale, m=shift: out * s.to(out) + m.to(out)))
+        try:
+            yield
+        finally:
+            for bn, handle in zip(norms, handles, strict=True):
+                handle.remove()
+                self.absorb(bn, mean, (var + bn.eps).sqrt())
+
+    @staticmethod
+    @torch.no_grad()
+    def know(bn: nn.Module, mean: Tensor, var: Tensor) -> None:
+        bn.running_mean.copy_(mean)
+        bn.running_var.copy_(var)
+
+    @staticmethod
+    def per_channel(bn: nn.Module, v: Tensor) -> Tensor:
+        """v (C,), to meet what `bn` returns."""
+        return v.view(-1, 1, 1) if isinstance(bn, nn.BatchNorm2d) else v
+
+    @staticmethod
+    @torch.no_grad()
+    def absorb(bn: nn.Module, mean: Tensor, deviation: Tensor) -> None:
+        """γ and β become those of deviation · bn(x) + mean."""
+        mean, deviation = mean.to(bn.weight), deviation.to(bn.weight)
+        bn.weight.mul_(deviation)
+        bn.bias.mul_(deviation).add_(mean)
 
 
 class Conv(Polarizer):
