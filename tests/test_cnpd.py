@@ -120,6 +120,23 @@ def test_a_batch_stacked_per_class_is_the_same_as_a_label_per_image():
         assert torch.allclose(polarizer(z, label), polarizer(z, label.repeat_interleave(5)), atol=1e-5)
 
 
+@torch.no_grad()
+def test_classes_that_take_turns_share_a_neutral_start():
+    whole, label = Replicated(4, classes=3, tokens=False, restore=True).eval(), torch.arange(3)
+    z = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0)) * 0.1 + 2
+    with whole.neutral(torch.full((4,), 2.0), torch.full((4,), 0.01)):
+        part = whole.part(torch.tensor([1]))
+        assert torch.allclose(part(z[1:2], label[:1]), z[1:2], atol=1e-5)
+        part.norm.weight.mul_(3.0)
+        within = part(z[1:2], label[:1])
+        whole.put(torch.tensor([1]), part)
+    out = whole(z, label)
+    assert torch.allclose(out[[0, 2]], z[[0, 2]], atol=1e-5)
+    assert torch.allclose(out[1:2], within, atol=1e-5)
+    assert torch.allclose(within, 3 * (z[1:2] - 2) + 2, atol=1e-3)  # three times as far from the mean
+    assert not whole.norm._forward_hooks
+
+
 def test_soft_labels_mix_the_classes():
     polarizer = Replicated(4, classes=3, tokens=False, restore=True).eval()
     for p in polarizer.parameters():
