@@ -2,9 +2,13 @@
 
 Each takes and returns features (N, C, H, W) and starts as the identity; `calibrate(mean, var)` tells it the moments of
 the features (each (C,)), so that a polarizer with BatchNorm is the identity with running statistics of these features.
+All are called `layer(z, label)`, as CNPD's are (bdx.conditioned); these here do not look at the label.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +34,44 @@ class Polarizer(nn.Module):
     @torch.no_grad()
     def calibrate(self, mean: Tensor, var: Tensor) -> None:
         for bn in self.norms():
-            bn.running_mean.copy_(mean)
-            bn.running_var.copy_(var)
-            bn.weight.copy_((var + bn.eps).sqrt())
-            bn.bias.copy_(mean)
+            self.know(bn, mean, var)
+            self.absorb(bn, mean, (var + bn.eps).sqrt())
+
+    @contextmanager
+    def neutral(self, mean: Tensor, var: Tensor) -> Iterator[None]:
+        """Within, each BatchNorm gives the features' moments back: s (γ x̂ + β) + m, the identity with γ = 1 and β = 0. A
+        step of γ then moves the features as one of a convolution's weight does; where `calibrate` has put s into γ, it
+        moves them 1/s² times as far. Afterwards γ and β have taken s and m in: the same function, an ordinary BatchNorm."""
+        norms, handles = self.norms(), []
+        for bn in norms:
+            self.know(bn, mean, var)
+            scale, shift = (self.per_channel(bn, v) for v in ((var + bn.eps).sqrt(), mean))
+            handles.append(bn.register_forward_hook(lambda _, args, out, s=scale, m=shift: out * s.to(out) + m.to(out)))
+        try:
+            yield
+        finally:
+            for bn, handle in zip(norms, handles, strict=True):
+                handle.remove()
+                self.absorb(bn, mean, (var + bn.eps).sqrt())
+
+    @staticmethod
+    @torch.no_grad()
+    def know(bn: nn.Module, mean: Tensor, var: Tensor) -> None:
+        bn.running_mean.copy_(mean)
+        bn.running_var.copy_(var)
+
+    @staticmethod
+    def per_channel(bn: nn.Module, v: Tensor) -> Tensor:
+        """v (C,), to meet what `bn` returns."""
+        return v.view(-1, 1, 1) if isinstance(bn, nn.BatchNorm2d) else v
+
+    @staticmethod
+    @torch.no_grad()
+    def absorb(bn: nn.Module, mean: Tensor, deviation: Tensor) -> None:
+        """γ and β become those of deviation · bn(x) + mean."""
+        mean, deviation = mean.to(bn.weight), deviation.to(bn.weight)
+        bn.weight.mul_(deviation)
+        bn.bias.mul_(deviation).add_(mean)
 
 
 class Conv(Polarizer):
@@ -43,7 +81,7 @@ class Conv(Polarizer):
         super().__init__(channels)
         self.conv = identity_conv(channels)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return self.conv(z)
 
 
@@ -54,7 +92,7 @@ class ConvBN(Conv):
         super().__init__(channels)
         self.bn = nn.BatchNorm2d(channels)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return self.bn(self.conv(z))
 
 
@@ -65,7 +103,7 @@ class ConvBNx2(Polarizer):
         super().__init__(channels)
         self.first, self.second = ConvBN(channels), ConvBN(channels)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return self.second(self.first(z))
 
 
@@ -77,7 +115,7 @@ class Linear(Polarizer):
         self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return z * self.weight + self.bias
 
 
@@ -96,7 +134,7 @@ class Denoiser(Polarizer):
     def denoise(self, z: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how it denoises")
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return z + self.mix(self.denoise(z) - z)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from bdx import files, imagefile, metrics, recipe, results, store
 from bdx.archs import base as archs
@@ -22,8 +23,9 @@ from bdx.defenses.base import Defense
 from bdx.errors import UserError
 from bdx.evaluate import Seen, flagged, look, score
 from bdx.screen import Screen
+from bdx.split import Split
 from bdx.tracking import draw_rows, draw_trigger
-from bdx.training import accelerate, make_trainer, try_out
+from bdx.training import accelerate, make_trainer, predict, try_out
 
 
 def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
@@ -67,8 +69,8 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
         if attack.has_trigger:
             draw_trigger(attack, data.test, folder / "trigger.png")
             tracker.picture(folder / "trigger.png")
-        row = row_of(cfg, id, backdoor, data, before, after, seconds, device)
-        results.write(paths["results"], row := row | defense.facts)
+        row = row_of(cfg, id, backdoor, data, before, after, seconds, device) | defense.facts
+        results.write(paths["results"], row := row | reserved_acc(attack.net, net, defense, data.clean, screen))
         tracker.finish(row)  # the file is the truth, W&B its mirror
         return row
     except BaseException:
@@ -110,6 +112,18 @@ def keep(defense: Defense, tracker, folder: Path) -> None:
         tracker.picture(path)
     for name, module in defense.extras.items():
         store.save_folder(folder / name, module.state_dict(), module.spec, weights="weights.safetensors", sheet="spec.json")
+
+
+def reserved_acc(attacked: nn.Module, repaired: nn.Module, defense: Defense, clean: Split, screen: Screen) -> dict:
+    """ACC on the reserved images, which a defender can see without any test image. A great fall is said, unless the defense
+    has trained anew, which costs the accuracy on images that the victim had learned by heart."""
+    nets = {"acc_reserved_before": attacked, "acc_reserved": repaired}
+    found = {name: metrics.acc(predict(net.to(clean.x.device), clean.x), clean.y) for name, net in nets.items()}
+    was, now = found.values()
+    if "train" not in defense.needs and was - now > 0.1:
+        hint = "; try a smaller learning rate, defense.optimizer.lr" if hasattr(defense, "optimizer") else ""
+        screen.say(f"the accuracy on the reserved images fell from {was:.1%} to {now:.1%}: the repair has hurt the net{hint}")
+    return found
 
 
 def row_of(cfg, id, backdoor, data, before: Seen, after: Seen, seconds: float, device: torch.device) -> dict:

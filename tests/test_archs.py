@@ -718,6 +718,13 @@ def test_every_parameter_of_a_polarizer_learns(structure, z):
         assert p.grad.abs().sum() > 0, name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_npds_polarizers_are_called_as_cnpds_and_ignore_the_label(structure, z):
+    layer = STRUCTURES[structure](6).eval()
+    assert torch.equal(layer(z, torch.arange(len(z))), layer(z))
+
+
 @pytest.mark.parametrize(
     ("structure", "count"), [("conv", 36), ("conv_bn", 48), ("conv_bn_x2", 96), ("linear", 12), ("osad", 36), ("osdn", 36)]
 )

@@ -120,6 +120,23 @@ def test_a_batch_stacked_per_class_is_the_same_as_a_label_per_image():
         assert torch.allclose(polarizer(z, label), polarizer(z, label.repeat_interleave(5)), atol=1e-5)
 
 
+@torch.no_grad()
+def test_classes_that_take_turns_share_a_neutral_start():
+    whole, label = Replicated(4, classes=3, tokens=False, restore=True).eval(), torch.arange(3)
+    z = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0)) * 0.1 + 2
+    with whole.neutral(torch.full((4,), 2.0), torch.full((4,), 0.01)):
+        part = whole.part(torch.tensor([1]))
+        assert torch.allclose(part(z[1:2], label[:1]), z[1:2], atol=1e-5)
+        part.norm.weight.mul_(3.0)
+        within = part(z[1:2], label[:1])
+        whole.put(torch.tensor([1]), part)
+    out = whole(z, label)
+    assert torch.allclose(out[[0, 2]], z[[0, 2]], atol=1e-5)
+    assert torch.allclose(out[1:2], within, atol=1e-5)
+    assert torch.allclose(within, 3 * (z[1:2] - 2) + 2, atol=1e-3)  # three times as far from the mean
+    assert not whole.norm._forward_hooks
+
+
 def test_soft_labels_mix_the_classes():
     polarizer = Replicated(4, classes=3, tokens=False, restore=True).eval()
     for p in polarizer.parameters():
@@ -329,6 +346,8 @@ def test_every_class_leaves_out_images_of_that_class(attack, digits):
         (["defense.soft=true", "defense.condition=oracle"], "there are probabilities with condition=predicted alone"),
         (["defense.clean_condition=half"], "clean_condition=half goes with targets=random or runner_up"),
         (["defense.at_once=0"], "at_once=0, code_size=64: expected at least 1"),
+        (["defense.target=99"], "defense.target=99: expected 0 to 9, the class that oracle and wrong go by"),
+        (["defense.lambda_asr=-0.1"], "defense.lambda_asr=-0.1: expected 0 or more"),
         (["defense.universal=true"], "CNPD perturbs each image towards classes"),
     ],
 )  # fmt: skip

@@ -11,6 +11,7 @@ from conftest import TINY, build_attack
 
 from bdx.configure import compose
 from bdx.defenses.npd import IGNORE, runner_up
+from bdx.polarizers import ConvBN
 from bdx.run import build_defense
 from bdx.split import pixels
 
@@ -122,14 +123,42 @@ def test_every_structure_starts_as_the_identity_and_learns(structure, attack, di
     assert any(not torch.equal(v, start[k]) for k, v in defense.polarizer.state_dict().items())
 
 
-def test_identity_start_holds_with_the_features_own_statistics(attack, digits, quick_trainer):
+@pytest.mark.parametrize("init", ["neutral", "identity"])
+def test_identity_start_holds_with_the_features_own_statistics(init, attack, digits, quick_trainer):
     """After calibration BatchNorm carries the features' moments and is still the identity."""
-    defense = npd(attack, "defense.init=identity", "defense.warmup_epochs=0", "defense.epochs=1", "defense.optimizer.lr=0.0")
+    defense = npd(attack, f"defense.init={init}", "defense.warmup_epochs=0", "defense.epochs=1", "defense.optimizer.lr=0.0")
     x = pixels(digits.test.x[:20])
     net = defense.run(digits.allow(defense.needs), quick_trainer)
     assert defense.polarizer.bn.running_var.min() != 1
+    assert not any(m._forward_hooks for m in net.modules())
     with torch.no_grad():
         assert torch.allclose(net.eval()(x), attack.net.eval()(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("init", ["neutral", "identity"])
+def test_a_step_of_gamma_is_as_long_as_the_features_are_wide(init):
+    """Features of deviation s: the loss Σ out has the gradient s·n in γ around the moments, n within γ; one step at 0.01."""
+    s, layer = 0.1, ConvBN(1).eval()
+    z = (s * torch.tensor([-1.0, 1.0, 3.0, 1.0]) + 5).view(4, 1, 1, 1)  # x̂ sums to 4
+    mean, var = torch.tensor([5.0]), torch.tensor([s**2 - layer.bn.eps])
+
+    def step():
+        (layer(z) - z.detach()).sum().backward()
+        with torch.no_grad():
+            layer.bn.weight -= 0.01 * layer.bn.weight.grad
+
+    if init == "neutral":
+        with layer.neutral(mean, var):
+            assert torch.allclose(layer(z), z)
+            assert float(layer.bn.weight) == 1
+            step()
+            within = layer(z)
+        assert torch.allclose(layer(z), within, atol=1e-6)
+    else:
+        layer.calibrate(mean, var)
+        assert torch.allclose(layer(z), z)
+        step()
+    assert float(layer.bn.weight) == pytest.approx(s - 0.01 * 4 * (s**2 if init == "neutral" else 1), rel=1e-4)
 
 
 def test_batchnorm_is_frozen_after_warm_up(attack, digits, quick_trainer):

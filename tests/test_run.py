@@ -11,6 +11,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ import bdx.run
 from bdx import recipe
 from bdx.configure import compose
 from bdx.errors import UserError
+from bdx.screen import Screen
+from bdx.split import Split
 from bdx.store import Store
 from bdx.training import make_trainer
 
@@ -56,6 +59,7 @@ def test_the_row_says_what_it_is(trained):
     assert row["train.epochs"] == 2
     assert all(0 <= v <= 1 for v in scores(row))
     assert row["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert 0 <= row["acc_reserved"] <= 1
     assert {"seconds_attack", "seconds_defense", "peak_memory", "commit", "device", "data_sha256", "backdoor"} <= set(row)
 
 
@@ -85,6 +89,32 @@ def test_another_seed_is_another_row(trained, tmp_path):
     assert other["id"] != row["id"]
     assert other["backdoor"] != row["backdoor"]
     assert scores(other) != scores(row)
+
+
+class Always(torch.nn.Module):
+    """Says class k of everything."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x):
+        return torch.eye(10)[[self.k] * len(x)]
+
+
+@pytest.mark.parametrize(
+    ("needs", "k", "said"),
+    [
+        ({"clean"}, 1, ["the accuracy on the reserved images fell from 75.0% to 25.0%: the repair has hurt the net"]),
+        ({"clean"}, 0, []), ({"clean", "train"}, 1, []),
+    ],
+)  # fmt: skip
+def test_a_net_that_lost_the_reserved_images_is_reported(needs, k, said):
+    clean, screen, heard = Split.clean(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 0])), Screen(), []
+    screen.say = heard.append
+    found = bdx.run.reserved_acc(Always(0), Always(k), SimpleNamespace(needs=needs), clean, screen)
+    assert found == {"acc_reserved_before": 0.75, "acc_reserved": 0.25 if k else 0.75}
+    assert heard == said
 
 
 def test_a_finished_run_is_not_run_again(trained, monkeypatch):

@@ -88,6 +88,8 @@ def test_layers_that_work_in_place_are_no_obstacle(digits):
         (["defense.decoder=[8,8,8]"], r"decoder=\[8, 8, 8\]: from \(64, 4, 4\) to .* there are 2 hidden layers"),
         (["defense.stages=first"], "defense.stages=first: expected one of both, trap, replace"),
         (["defense.replace.dropout=1.0"], "defense.replace.dropout=1.0, label_smoothing=0.1: expected 0 up to, but not, 1"),
+        (["defense.lambda_rec=-1.0"], "defense.lambda_rec=-1.0, lambda_tv=0.1, replace.cutmix=1.0: expected none below 0"),
+        (["defense.replace.cutmix=-1.0"], "replace.cutmix=-1.0: expected none below 0"),
         (["defense.trap.epochs=0"], "defense.trap.epochs=0: expected at least 1"),
         (["defense.trap.optimizer.lr=-1"], "defense.trap.optimizer cannot be used: Invalid learning rate"),
     ],

@@ -54,6 +54,8 @@ class CNPD(NPD):
             raise UserError("defense.clean_condition=half goes with targets=random or runner_up; with every, take home")
         if (at_once is not None and at_once < 1) or code_size < 1:
             raise UserError(f"defense.at_once={at_once}, code_size={code_size}: expected at least 1")
+        if not 0 <= target < (k := net.spec["num_classes"]):
+            raise UserError(f"defense.target={target}: expected 0 to {k - 1}, the class that oracle and wrong go by")
         self.how = {"source": condition, "soft": soft, "target": target, "classes": net.spec["num_classes"]}
         self.shape_of = {"form": form, "code": code, "size": code_size, "fusion": fusion, "attention": attention}
         self.targets, self.attacked, self.adv_condition = targets, attacked, adv_condition

@@ -14,6 +14,7 @@ adversarial term asks for the net's own prediction on x in place of y, and its l
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,8 @@ IGNORE = -100  # cross_entropy's own mark of a sample that does not count
 class NPD(Tuning):
     """layer      where the polarizer goes: a module's name, or one of shallow, middle, third_to_last, penultimate, last, whole
     structure     conv_bn, conv, conv_bn_x2, linear, osad or osdn (bdx.polarizers)
-    init          identity (BatchNorm calibrated to the features' own moments) or plain (γ = 1, β = 0)
+    init          neutral (γ = 1, β = 0 around the features' own moments, so that the first forward is the net's), identity
+                  (the same start with the moments in γ and β, which then take far larger steps) or plain (γ = 1, β = 0)
     bn_mode       of the polarizer's BatchNorm after warm-up: frozen or train
     warmup_epochs, warmup_lr   plain SGD on clean images alone, BatchNorm in train mode
     budget        the perturbation's norm, radius and steps
@@ -51,18 +53,20 @@ class NPD(Tuning):
         lambda_bn: float, lambda_ce: float, lambda_margin: float, lambda_asr: float, **loop,
     ):  # fmt: skip
         one_of("defense.structure", structure, STRUCTURES)
-        one_of("defense.init", init, ("identity", "plain"))
+        one_of("defense.init", init, ("neutral", "identity", "plain"))
         one_of("defense.bn_mode", bn_mode, ("frozen", "train"))
         one_of("defense.recipe", recipe, ("paper", "code"))
-        if warmup_epochs < 0 or warmup_lr < 0:
-            raise UserError(f"defense.warmup_epochs={warmup_epochs}, warmup_lr={warmup_lr}: expected neither below 0")
+        weights = {"lambda_bn": lambda_bn, "lambda_ce": lambda_ce, "lambda_margin": lambda_margin, "lambda_asr": lambda_asr}
+        for key, value in {"warmup_epochs": warmup_epochs, "warmup_lr": warmup_lr, **weights}.items():
+            if value < 0:
+                raise UserError(f"defense.{key}={value}: expected 0 or more")
         if target is not None and not 0 <= target < (k := net.spec["num_classes"]):
             raise UserError(f"defense.target={target}: expected 0 to {k - 1}, or null to guess it for each image")
         super().__init__(surgery.freeze(net), **loop)
         self.init, self.bn_mode, self.warmup_epochs, self.warmup_lr = init, bn_mode, warmup_epochs, warmup_lr
         self.budget, self.targeted, self.universal, self.target = budget, targeted, universal, target
         self.recipe, self.warming = recipe, False
-        self.weights = {"bn": lambda_bn, "ce": lambda_ce, "margin": lambda_margin, "asr": lambda_asr}
+        self.weights = {key.removeprefix("lambda_"): value for key, value in weights.items()}
         self.at = self.insert(layer, structure)
 
     def insert(self, layer: str, structure: str) -> str:
@@ -87,17 +91,26 @@ class NPD(Tuning):
         return {"_target_": "bdx.conditioned.Linear", "channels": channels, **self.on_tokens(tokens)}, None
 
     def on_tokens(self, tokens: bool) -> dict:
-        return {"tokens": tokens, "restore": self.init == "identity"}
+        return {"tokens": tokens, "restore": self.init != "plain"}
 
     # the loop
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
-        if self.init == "identity" and self.polarizer.norms():
-            self.to(data.clean.x.device)
-            once = data.batches(data.clean, size=self.batch, shuffle=False, augment=False)
-            self.polarizer.calibrate(*surgery.moments(self.net, self.at, once))
-        self.learn(self.batches(data), make_trainer)
+        with self.start(data):
+            self.learn(self.batches(data), make_trainer)
         return self.net
+
+    def start(self, data: ImageData):
+        """A context to learn in, from the start that `init` names."""
+        if self.init == "plain" or not self.polarizer.norms():
+            return nullcontext()
+        self.to(data.clean.x.device)
+        once = data.batches(data.clean, size=self.batch, shuffle=False, augment=False)
+        moments = surgery.moments(self.net, self.at, once)
+        if self.init == "neutral":
+            return self.polarizer.neutral(*moments)
+        self.polarizer.calibrate(*moments)
+        return nullcontext()
 
     def learn(self, batches, make_trainer: Callable) -> None:
         """Warm-up, then the two problems."""

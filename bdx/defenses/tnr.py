@@ -95,6 +95,10 @@ class TrapAndReplace(Defense):
         for name, stage in (("trap", trap), ("replace", replace)):
             at_least_one(f"defense.{name}", epochs=stage["epochs"], batch=stage["batch"])
             try_out(f"defense.{name}", SimpleNamespace(**stage))
+        if min(lambda_rec, lambda_tv, cutmix := replace["cutmix"]) < 0:
+            raise UserError(
+                f"defense.lambda_rec={lambda_rec}, lambda_tv={lambda_tv}, replace.cutmix={cutmix}: expected none below 0"
+            )
         if not 0 <= replace["dropout"] < 1 or not 0 <= replace["label_smoothing"] < 1:
             raise UserError(
                 f"defense.replace.dropout={replace['dropout']}, label_smoothing={replace['label_smoothing']}: "
