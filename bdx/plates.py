@@ -113,7 +113,9 @@ def draw(found: Measured, given: list[str] = ()) -> list[Plate]:
         except UserError as e:
             made.append(Plate(plate.function, plate.about, plate.rows, plate.path, str(e)))
     if not made:
-        raise UserError(f"{found.table.name}: none of its runs is done at scale={found.scale.name}; `bdx sweep` makes them")
+        lacks = sorted({e.cell.lacks for e in found.entries if e.cell.lacks})
+        why = f"no cell can run, for want of {'; '.join(lacks)}" if lacks else "none of its runs is done"
+        raise UserError(f"{found.table.name}: {why} at scale={found.scale.name}; `bdx sweep` makes them")
     return made
 
 
