@@ -42,20 +42,24 @@ def costs(rows: list[dict] | Path | str, path: Path | str, *, reference: str = "
 
 
 def draw_costs(frame: pd.DataFrame):
-    """Left a bar for each defense, its median, and a dot for each run; right DER over the same."""
+    """Left a dot for each run and a stroke at each defense's median; right DER over the same."""
     figure, axes = grid(1, 2, 4.8, 3.4)
     order = list(frame.groupby("defense")["ratio"].median().sort_values().index)
     for i, name in enumerate(order):
         part = frame[frame["defense"] == name]
-        axes[0, 0].barh(i, part["ratio"].median(), color=f"C{i % 10}", alpha=0.5)
-        axes[0, 0].plot(part["ratio"], [i] * len(part), "o", ms=3, color=f"C{i % 10}")
+        axes[0, 0].plot(part["ratio"].median(), i, "|", ms=18, mew=2, color=f"C{i % 10}")
+        axes[0, 0].plot(part["ratio"], [i] * len(part), "o", ms=4, color=f"C{i % 10}")
         axes[0, 1].plot(part["ratio"], 100 * part["der"], "o", ms=4, color=f"C{i % 10}", label=name)
     axes[0, 0].set_yticks(range(len(order)), order)
+    axes[0, 0].set_ylim(-0.6, len(order) - 0.4)
     axes[0, 1].set_ylabel("DER (%)")
     axes[0, 1].set_ylim(-3, 103)
     axes[0, 1].legend(fontsize=7)
     for ax in axes[0]:
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:.2g}")
+        ax.tick_params(axis="x", which="both", labelsize=7, labelrotation=45)
         ax.set_xlabel("seconds, as a multiple of the reference")
         ax.grid(alpha=0.3)
     return figure
