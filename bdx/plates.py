@@ -78,7 +78,9 @@ def plates(found: Measured) -> list[Plate]:
     folder = found.paths["out"] / "figures" / f"{found.table.name.replace('/', '_')}_{found.scale.name}"
     made = []
     for name in found.table.figure:
-        for about, rows in groups(found.entries, whole=function(name) in OF_ROWS).items():
+        for about, rows in groups(found.entries, whole := function(name) in OF_ROWS).items():
+            if not whole:  # a cell may have rows that travelled here without their nets
+                rows = [r for r in rows if (found.paths["nets"] / r["id"]).exists()] or rows
             path = folder / re.sub(r"[^\w.=-]+", "_", f"{name} {about}".strip())
             made.append(Plate(name, f"{name}: {about}" if about else name, tuple(rows), path))
     return made
