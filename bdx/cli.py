@@ -23,10 +23,11 @@ HELP = """bdx: train backdoored image classifiers, repair them, and measure how 
   bdx -m attack=badnets,blended defense=ft,npd seed=0,1,2                          a grid, by Hydra's multirun
   bdx sweep PAPER/TABLE [scale=smoke|cpu|paper] [--dry-run]                        a paper's table; without a name, all
   bdx table PAPER/TABLE [scale=…] [--format md|csv|tex|html]                       its rows beside the printed numbers
-  bdx report PAPER/TABLE [scale=…] [logger=wandb]                                  the same with plots as one HTML page
+  bdx report PAPER/TABLE [scale=…] [logger=wandb] [--figures]                      the same with plots as one HTML page
+  bdx dashboard PAPER/TABLE [scale=…] [logger.project=…]                           its runs as a W&B report
   bdx info [attacks|defenses|detectors|datasets|archs|layers]                      what there is
   bdx info triggers [dataset=NAME] [key=value …]   every trigger on real images: norms, PSNR, SSIM, and a picture of all
-  bdx figure NAME [RUN_ID] [key=value …]                                           a paper's figure of a run that is done
+  bdx figure PAPER/FIG [scale=…] | NAME [RUN_ID] [key=value …]                     a paper's figure, of its runs or of one
   bdx detect detector=NAME attack=NAME [key=value …]                               which images carry a trigger?
   bdx data prepare NAME [key=value …] | bdx data list                              image caches
   bdx … --cfg job                  print the configuration instead of running it
@@ -36,7 +37,8 @@ A run that is done is not run again: its row is shown. Everything lies under ./o
 under ./data (BDX_DATA or paths.data). Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted.
 """
 COMMANDS = {  # word, and name of the function -> module
-    "data": "data", "figure": "figures", "sweep": "sweep", "table": "tables", "report": "report", "detect": "detect",
+    "data": "data", "figure": "plates", "sweep": "sweep", "table": "tables", "report": "report", "detect": "detect",
+    "dashboard": "dashboard",
 }  # fmt: skip
 HYDRAS_OWN = (
     "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "--resolve", "--package", "-p",

@@ -201,7 +201,7 @@ def pairs(table: Table, entries: list[Entry]) -> tuple[list[float], int]:
     found = []
     for entry in mine:
         against = rivals.get(rest(entry, claim["of"]), {})
-        both = [(r[metric], against[r["seed"]][metric]) for r in entry.ours if r["seed"] in against]
+        both = [(r.get(metric), against[r["seed"]].get(metric)) for r in entry.ours if r["seed"] in against]
         found += [sign * (a - b) for a, b in both if None not in (a, b)]
     return found, len(mine)
 
@@ -215,9 +215,15 @@ def rest(entry: Entry, axes: dict) -> tuple:
 
 
 def judged(table: Table, entries: list[Entry]) -> str:
+    if table.of_picture:
+        return f"{table.claim['says']}: seen in what `bdx figure {table.name}` draws"
     found, wanted = pairs(table, entries)
+    return worded(table.claim, found, f"{len(found)} pairs, {wanted} cells wanted")
+
+
+def worded(claim: dict, found: list[float], counted: str) -> str:
+    """found: by how much the claim holds in each pair; counted: how many there are."""
     word, p = verdict(found)
-    about = f"mean {100 * mean(found):+.2f} points" if found and table.claim["metric"] in SCORES else ""
+    about = f"mean {100 * mean(found):+.2f} points" if found and claim["metric"] in SCORES else ""
     p = f"p = {p:.3f}" if p is not None else ""
-    tail = ", ".join(t for t in (f"{len(found)} pairs, {wanted} cells wanted", about, p) if t)
-    return f"{table.claim['says']}: {word} ({tail})"
+    return f"{claim['says']}: {word} ({', '.join(t for t in (counted, about, p) if t)})"

@@ -24,7 +24,7 @@ from bdx.configure import HERE, options, parse, summary
 from bdx.errors import UserError, nearest
 
 EXPERIMENTS = next(p for p in (HERE / "experiments", HERE.parent / "experiments") if p.is_dir())
-KEYS = {"defaults", "claim", "average", "words", "hydra", "printed", "only_printed"}
+KEYS = {"defaults", "claim", "average", "words", "hydra", "printed", "only_printed", "figure"}
 CLAIM = {"says", "metric", "of", "above", "below"}
 AVERAGES = ("of_averages", "of_rows")
 CANDIDATE = ("attack", "defense", "dataset", "arch", "train")  # groups whose choices may not be there yet
@@ -32,7 +32,8 @@ CANDIDATE = ("attack", "defense", "dataset", "arch", "train")  # groups whose ch
 
 @dataclass(frozen=True)
 class Table:
-    """axes: key or group -> its values as words; printed: column of the CSV -> axis, or value -> {axis: value}."""
+    """axes: key or group -> its values as words; printed: column of the CSV -> axis, or value -> {axis: value}.
+    figure: what is drawn of the runs, a function of bdx.figures -> its options; empty: it is a table."""
 
     name: str
     title: str
@@ -43,6 +44,12 @@ class Table:
     printed: dict
     only_printed: bool
     rows: list[dict] = field(repr=False)
+    figure: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def of_picture(self) -> bool:
+        """Whether the claim is about what a figure shows, and not about rows."""
+        return bool(self.figure) and not set(self.claim["of"]) <= set(self.axes)
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,16 @@ class Cell:
     backdoor: str | None = None
 
 
-def tables(root: Path = EXPERIMENTS) -> list[str]:
+def experiments(root: Path = EXPERIMENTS) -> list[str]:
     return sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml") if p.parent.name != "scale")
+
+
+def tables(root: Path = EXPERIMENTS) -> list[str]:
+    return [name for name in experiments(root) if name not in figures(root)]
+
+
+def figures(root: Path = EXPERIMENTS) -> list[str]:
+    return [name for name in experiments(root) if name.partition("/")[2].startswith("fig")]
 
 
 def read(path: Path) -> dict:
@@ -86,7 +101,7 @@ def read(path: Path) -> dict:
 
 def load(name: str, root: Path = EXPERIMENTS) -> Table:
     """Raises UserError for an unknown name or a malformed file."""
-    if name not in (have := tables(root)):
+    if name not in (have := experiments(root)):
         near = nearest(name, have) or f"; there are {', '.join(have)}"
         raise UserError(f"{name}: no such table{near}")
     path = root / f"{name}.yaml"
@@ -98,6 +113,7 @@ def load(name: str, root: Path = EXPERIMENTS) -> Table:
         return Table(
             name, summary(path).partition(": ")[2], node["claim"], node.get("average", AVERAGES[0]),
             tuple(node.get("words", ())), axes, node.get("printed", {}), node.get("only_printed", False), rows,
+            {k: dict(v or {}) for k, v in node.get("figure", {}).items()},
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         text = f"{e.args[0]} is missing" if isinstance(e, KeyError) else str(e)

@@ -91,7 +91,7 @@ def find(net: nn.Module, layer: str) -> str:
             return name
     short = [n.removeprefix("body.") for n in names]
     raise UserError(
-        f"layer={layer}: no such layer{nearest(layer, short)}; by depth: {', '.join(DEPTHS)}; "
+        f"layer={layer}: no such layer{nearest(str(layer), short)}; by depth: {', '.join(DEPTHS)}; "
         "`bdx info layers arch=NAME` lists all"
     )
 

@@ -9,28 +9,33 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-from bdx import charts, page, recipe, results
+from bdx import charts, page, plates, recipe, results
 from bdx.comparison import SCORES, Entry, averages
 from bdx.errors import one_of
 from bdx.layout import Text
 from bdx.tables import Measured, laid_out, notes, read, strangers
 
-USAGE = "bdx report NAME [scale=…] [logger=wandb]"
+USAGE = "bdx report NAME [scale=…] [logger=wandb] [--figures]"
 FIRST = 12  # plots of curves that are not folded away
 OWN = ("trigger",)  # pictures of a run that have a place of their own on the page
 
 
 def report(argv: list[str]) -> int:
-    """`bdx report NAME [scale=…] [key=value …] [logger=wandb]`; the page lies under paths.out."""
+    """`bdx report NAME [scale=…] [key=value …] [logger=wandb] [--figures]`; the page lies under paths.out. A figure is
+    drawn for its page; --figures: and all of the paper's for the page of a table."""
+    every, argv = "--figures" in argv, [w for w in argv if w != "--figures"]
     logger, words = [w for w in argv if w.startswith("logger")], [w for w in argv if not w.startswith("logger")]
     kind = next((w.partition("=")[2] for w in logger if w.startswith("logger=")), "none")
     one_of("logger", kind, ("none", "wandb"))
     found = read(words, USAGE)
     path = found.paths["out"] / "reports" / f"{found.table.name.replace('/', '_')}_{found.scale.name}.html"
-    results.write_atomically(path, text := written(found, words))
+    drawn = plates.draw(found) if found.table.figure and measured(found) else []
+    if every and not found.table.figure:
+        plates.draw_paper(found.table.name, words, say=print)
+    results.write_atomically(path, text := written(found, words, drawn))
     strangers(found.paths["results"])
     if kind == "wandb":
-        send(found, words, logger, text)
+        send(found, words, logger, text, drawn)
     print(f"{len(rows_of(found))} rows, {len(measured(found))} of {len(found.entries)} cells measured")
     print(f"report   {path}")
     return 0
@@ -47,8 +52,8 @@ def rows_of(found: Measured) -> list[dict]:
     return sorted(rows.values(), key=lambda r: r.get("finished", ""))
 
 
-def written(found: Measured, words: list[str]) -> str:
-    """The page. words: what the user asked for, to be told as a command."""
+def written(found: Measured, words: list[str], drawn: list[plates.Plate]) -> str:
+    """The page. words: what the user asked for, to be told as a command; drawn: a figure's own pictures."""
     colour = charts.colours(charts.label(e) for e in found.entries)
     head, rows = laid_out(found.table, found.entries)
     axes = head.index(next(h for h in head if h in ("ACC", found.table.claim["metric"])))
@@ -58,8 +63,8 @@ def written(found: Measured, words: list[str]) -> str:
     parts = [
         page.items(notes(found.table, found.entries)), *said,
         page.section("The table", page.text(legend, "soft"), page.table(head, rows, axes)),
-        heat_map(found), scatter(found, colour), contact_sheet(found), curves(found, colour), others(found),
-        missing(found), commands(found, words), hardware(have),
+        plates.section(found, drawn), heat_map(found), scatter(found, colour), contact_sheet(found), curves(found, colour),
+        others(found), missing(found), commands(found, words), hardware(have),
     ]  # fmt: skip
     return page.whole(found.title, [p for p in parts if p])
 
@@ -197,7 +202,7 @@ def hardware(rows: list[dict]) -> str:
 # what W&B is sent
 
 
-def send(found: Measured, words: list[str], logger: list[str], text: str) -> None:
+def send(found: Measured, words: list[str], logger: list[str], text: str, drawn: list[plates.Plate]) -> None:
     """The table as a W&B run in the group of its cells; the same table under the same words is the same run."""
     from omegaconf import OmegaConf
 
@@ -206,7 +211,7 @@ def send(found: Measured, words: list[str], logger: list[str], text: str) -> Non
 
     plain = OmegaConf.to_container(compose(logger).logger, resolve=True)
     tracker = instantiate(plain, allowed=("bdx.tracking.",))
-    id = recipe.digest({"report": sorted(w for w in words if not w.startswith("paths."))})
+    id = run_id(words)
     head, lines = laid_out(found.table, found.entries)
     facts = ["attack", "defense", "dataset", "arch", "seed", *SCORES, "seconds_defense", "device", "torch", "commit", "id"]
     rows = rows_of(found)
@@ -217,8 +222,14 @@ def send(found: Measured, words: list[str], logger: list[str], text: str) -> Non
     }
     about = {"table": found.table.name, "scale": found.scale.name, "cells": len(found.entries)}
     about["measured"] = len(measured(found))
-    shown = triggers(found)[0]
-    tracker.table(found.table.name, id, found.paths["out"] / "reports", about, frames, text, shown)
+    shown = triggers(found)[0] | plates.shown(found, drawn)
+    pages = {"report": text} | ({"der": page.whole(found.title, [heat])} if (heat := heat_map(found)) else {})
+    tracker.table(found.table.name, id, found.paths["out"] / "reports", about, frames, pages, shown)
+
+
+def run_id(words: list[str]) -> str:
+    """Of the W&B run that carries the table."""
+    return recipe.digest({"report": sorted(w for w in words if not w.startswith("paths."))})
 
 
 def hashes(found: Measured, row: dict) -> list[str]:

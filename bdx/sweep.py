@@ -86,12 +86,17 @@ def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> No
         say(f"time: {'no earlier row tells' if seconds is None else f'about {spoken(seconds)} of one slot, by earlier rows'}")
     if any(c.run is None for c in runnable):
         say("images: not there yet, so nothing of this can be done; they are made or downloaded by the sweep itself")
+    if missing:
+        say(f"missing: {len(missing)} cells, for want of {wanting(missing)}")
+
+
+def wanting(missing: list[Cell]) -> str:
+    """What bdx lacks, by name, and in how many cells."""
     lacking = defaultdict(int)
     for cell in missing:
         for lack in cell.lacks.split(", "):
             lacking[lack] += 1
-    if missing:
-        say(f"missing: {len(missing)} cells, for want of {', '.join(f'{k} ({n})' for k, n in sorted(lacking.items()))}")
+    return ", ".join(f"{k} ({n})" for k, n in sorted(lacking.items()))
 
 
 class Drive:
@@ -216,10 +221,16 @@ def words_of(argv: Iterable[str], flags: tuple[str, ...]) -> tuple[str | None, d
 
 
 def overview(scale: str, say) -> int:
-    """Every table, with the cells that can run."""
-    composer = Composer()
-    for name in grid.tables():
+    """Every table and figure, with the cells that can run, and what the others lack."""
+    composer, total = Composer(), [0, 0]
+    for name in (have := grid.experiments()):
         table = grid.load(name)
         found = grid.cells(table, grid.scale(scale), [], composer)
-        say(f"{name:<18} {sum(not c.lacks for c in found):>3} of {len(found):>3} cells can run  {table.title}", markup=False)
+        found = printed_cells(table, found) if table.only_printed and table.rows else found
+        missing = [c for c in found if c.lacks]
+        counted = len(found) - len(missing), len(found)
+        total = [a + b for a, b in zip(total, counted, strict=True)]
+        lacks = f"  (missing: {wanting(missing)})" if missing else ""
+        say(f"{name:<18} {counted[0]:>3} of {counted[1]:>3} cells can run  {table.title}{lacks}", markup=False)
+    say(f"{len(have)} experiments at scale={scale}: {total[0]} of {total[1]} cells can run, {total[1] - total[0]} are missing")
     return 0

@@ -40,7 +40,7 @@ def fields(entry: Entry, metrics_: list[str], marked: dict[str, dict[int, str]])
 def laid_out(table: Table, entries: list[Entry]) -> tuple[list[str], list[list[Text]]]:
     """Head and rows, by attack, the averages last."""
     axes = [a for a in table.axes if a != "seed"]
-    extra = [table.claim["metric"]] if table.claim["metric"] not in SCORES else []
+    extra = [table.claim["metric"]] if table.claim["metric"] not in SCORES and not table.of_picture else []
     names = [*SCORES, *extra]
     head = [*axes, *(h for m in names for h in (m.upper() if m in SCORES else m, "paper", "Δ")), "n"]
     rows = []
@@ -100,7 +100,7 @@ def read(argv: list[str], usage: str) -> Measured:
     """What NAME [scale=…] [key=value …] asks for. usage: what to answer a mistake with."""
     names, words = [a for a in argv if "=" not in a], [a for a in argv if "=" in a]
     if len(names) != 1 or names[0].startswith("-"):
-        raise UserError(f"expected `{usage}`; there are {', '.join(grid.tables())}")
+        raise UserError(f"expected `{usage}`; there are {', '.join(grid.experiments())}")
     size = next((w.partition("=")[2] for w in words if w.startswith("scale=")), "paper")
     words = [w for w in words if not w.startswith("scale=")]
     asked, scale, composer = grid.load(names[0]), grid.scale(size), Composer()

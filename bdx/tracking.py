@@ -106,9 +106,11 @@ class WandB(Silent):
             self.run = wandb.init(mode="offline", **about)
             self.say(f"not online ({' '.join(str(e).split())}); going on offline")
 
-    def table(self, name: str, id: str, folder: Path, about: dict, frames: dict, page: str, pictures: dict[str, Path]) -> None:
+    def table(
+        self, name: str, id: str, folder: Path, about: dict, frames: dict, pages: dict, pictures: dict[str, Path]
+    ) -> None:
         """A paper's table as a run of its own, in the group of its cells. about: its summary and configuration;
-        frames: name -> (head, rows), kept as NAME.csv among the run's files; page: HTML; pictures: caption -> PNG."""
+        frames: name -> (head, rows), kept as NAME.csv among the run's files; pages: key -> HTML; pictures: caption -> PNG."""
         self.open(id, folder, config=about, name=name, job_type="table", group=self.group or name, tags=["table", *self.tags])
         import wandb
 
@@ -117,7 +119,7 @@ class WandB(Silent):
                 with open(path := Path(self.run.dir) / f"{stem}.csv", "w", newline="") as f:
                     csv.writer(f).writerows([head, *rows])
                 self.run.save(str(path), base_path=self.run.dir, policy="now")
-            self.run.log({"report": wandb.Html(page, inject=False)})
+            self.run.log({key: wandb.Html(page, inject=False) for key, page in pages.items()})
             if pictures:
                 self.run.log({"pictures": [wandb.Image(str(path), caption=text) for text, path in pictures.items()]})
             self.finish(about)

@@ -29,9 +29,10 @@ FLOORS = (
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
     {"backdoor", "tables", "charts"},
-    {"run", "info", "data", "forecast", "figures", "report", "readme"},
-    {"engines", "triggers", "detection"},
-    {"sweep", "multirun", "detect"},
+    {"run", "info", "data", "forecast", "figures", "readme"},
+    {"engines", "triggers", "detection", "plates"},
+    {"sweep", "multirun", "detect", "report"},
+    {"dashboard"},
     {"cli"},
 )  # fmt: skip
 FLOOR = {name: i for i, floor in enumerate(FLOORS) for name in floor}
@@ -102,6 +103,8 @@ BEFORE_A_RUN = [
     "tables",
     "sweep",
     "report",
+    "plates",
+    "dashboard",
     "readme",
     "data",
 ]

@@ -11,24 +11,27 @@ from bdx.configure import parse
 from bdx.errors import UserError, nearest
 from bdx.figures.bait import reconstructions
 from bdx.figures.base import read, redraw
+from bdx.figures.cost import costs
 from bdx.figures.deltas import perturbations
 from bdx.figures.depth import depth_curve
 from bdx.figures.embedding import features
 from bdx.figures.heat import grad_cam
 from bdx.figures.line import along_the_line
-from bdx.figures.stored import Stored
+from bdx.figures.stored import Several, Stored
 from bdx.figures.weights import weight_differences
 
 # what `bdx figure NAME` hands to each, besides what the user sets
 OF_RUN = {
     along_the_line: lambda run: ((run.before, run.after, run.attack, run.data.test), {"clean": run.data.clean}),
-    weight_differences: lambda run: ((run.before, {run.row["defense"]: run.after}), {}),
+    weight_differences: lambda run: ((run.before, run.repaired), {}),
     features: lambda run: ((run.nets, run.attack, run.data.test), {"classes": run.data.classes}),
     perturbations: lambda run: ((run.before, run.attack, run.data.test, instantiate(run.cfg["defense"]["budget"])), {}),
     grad_cam: lambda run: ((run.nets, run.attack, run.data.test), {"classes": run.data.classes}),
     reconstructions: lambda run: ((run.after, run.extra("decoder"), run.attack, run.data.test), {}),
     depth_curve: lambda run: ((run.siblings,), {"net": run.before}) if run.id else ((run.results,), {}),
+    costs: lambda run: ((run.siblings,), {}) if run.id else ((run.results,), {}),
 }
+OF_ROWS = (depth_curve, costs)  # no net is opened for these; what they draw is of all rows together
 
 
 def figure(argv: list[str]) -> int:
@@ -64,6 +67,6 @@ def own(draw, given: list[str]) -> tuple[dict, list[str]]:
 
 
 __all__ = [
-    "OF_RUN", "Stored", "along_the_line", "depth_curve", "features", "figure", "grad_cam", "perturbations", "read",
-    "reconstructions", "redraw", "weight_differences",
+    "OF_ROWS", "OF_RUN", "Several", "Stored", "along_the_line", "costs", "depth_curve", "features", "figure", "grad_cam",
+    "perturbations", "read", "reconstructions", "redraw", "weight_differences",
 ]  # fmt: skip

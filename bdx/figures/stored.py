@@ -123,5 +123,25 @@ class Stored:
         return self.paths["nets"] / self.row["id"]
 
     @property
+    def repaired(self) -> dict[str, archs.Classifier]:
+        return {self.row["defense"]: self.after}
+
+    @property
     def nets(self) -> dict[str, archs.Classifier]:
-        return {self.row["attack"]: self.before, self.row["defense"]: self.after}
+        return {self.row["attack"]: self.before} | self.repaired
+
+
+class Several(Stored):
+    """Several runs of one backdoored net, each with a defense of its own: what the first left, and the nets of all."""
+
+    def __init__(self, ids: list[str], overrides: list[str]):
+        super().__init__(ids[0], overrides)
+        self.runs = [Stored(id, overrides) for id in ids]
+
+    @property
+    def siblings(self) -> list[dict]:
+        return [run.row for run in self.runs]
+
+    @property
+    def repaired(self) -> dict[str, archs.Classifier]:
+        return {run.row["defense"]: run.after for run in self.runs if run.row["defense"] != "none"}
