@@ -28,7 +28,7 @@ FLOORS = (
     {"detectors"},
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
-    {"backdoor", "tables", "charts"},
+    {"backdoor", "oracle", "tables", "charts"},
     {"run", "info", "data", "forecast", "figures", "report", "readme"},
     {"engines", "triggers", "detection"},
     {"sweep", "multirun", "detect"},

@@ -112,7 +112,8 @@ class Attack(pl.LightningModule):
     # what follows from it
 
     def check(self, split: Split) -> None:
-        """Raise UserError where this training set cannot be poisoned as asked, before anything is made or trained."""
+        """Raise UserError where this training set cannot be poisoned or trained on as asked, before anything is made."""
+        self.recipe.check_steps(len(split))
         if self.leaves_poison:
             self.choose(split)
 
