@@ -93,9 +93,9 @@ def test_scaled_gradients_are_refused_before_training(untrained, tmp_path, share
 
 
 def test_a_schedule_that_cannot_go_over_so_few_steps_is_one_line(untrained, tmp_path, shared):
-    """1437 images in batches of 359 are 4 steps, of which a quarter is one: OneCycle divides by 0."""
+    """1438 images in batches of 359 are 4 steps, of which a quarter is one: OneCycle divides by 0."""
     asked = [*TINY, *paths(shared), f"paths.out={tmp_path}", "train.epochs=1", "train.batch=359"]
-    with pytest.raises(UserError, match=r"train\.schedule over 4 steps \(epochs=1, batch=359, 1437 images\) cannot be") as e:
+    with pytest.raises(UserError, match=r"train\.schedule over 4 steps \(epochs=1, batch=359, 1438 images\) cannot be") as e:
         bdx.run.run(compose(asked))
     assert str(e.value).endswith("; take more epochs, a smaller batch or train.schedule=null")
     assert "\n" not in str(e.value)
