@@ -205,10 +205,9 @@ def one_of(overrides: list[str]) -> list[str]:
 def named(cfg: DictConfig, choices: dict, overrides: list[str]) -> DictConfig:
     """cfg with `names` (what was chosen in each group) and `asked` (the values given by hand), for the result row."""
     values = {o.key_or_group: o.value() for o in parse(overrides) if not o.is_sweep_override()}
-    asked = {k: v for k, v in values.items() if k not in groups() and not k.startswith(PLUMBING)}
     with open_dict(cfg):
         cfg.names = {g: choices[g] for g in (*NAMED, "detector") if choices.get(g)}
-        cfg.asked = asked
+        cfg.asked = {k: v for k, v in values.items() if k not in groups() and not k.startswith(PLUMBING)}
         if "parts" in cfg.attack:
             cfg.attack.parts = [unfold(part, cfg.attack) for part in cfg.attack.parts]
     return cfg

@@ -44,7 +44,13 @@ class Count:
     def __init__(self):
         self.passes: list[Pass] = []
         self.steps, self.batches, self.reached = Counter(), Counter(), {}
-        self.weights = False
+        self.weights, self.hooked = False, {}
+
+    def came(self, made: Pass, pixels: bool) -> None:
+        self.reached[id(made)] = pixels or self.reached.get(id(made), False)
+
+    def weighed(self, _) -> None:
+        self.weights = True
 
     @property
     def forward(self) -> int:
@@ -64,14 +70,17 @@ class Count:
         )  # fmt: skip
         self.passes.append(made)
         if made.graph and made.wants:
-            x.register_hook(lambda _: self.reached.__setitem__(id(made), True))
+            x.register_hook(lambda _: self.came(made, True))
         if made.graph and any(made.grads):
-            next(p for p in params if p.requires_grad).register_hook(lambda _: self.__dict__.update(weights=True))
+            first = next(p for p in params if p.requires_grad)
+            if id(first) not in self.hooked:
+                first.register_hook(self.weighed)
+                self.hooked[id(first)] = first
 
     def leave(self, module: nn.Module, args: tuple, out) -> None:
         if self.passes and isinstance(module, (Classifier, nn.Conv2d)) and isinstance(out, Tensor) and out.requires_grad:
             made = self.passes[-1]
-            out.register_hook(lambda _: self.reached.setdefault(id(made), False))
+            out.register_hook(lambda _: self.came(made, False))
 
     @contextmanager
     def session(self) -> Iterator[None]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, build_attack, load_digits, paths
 
 import bdx.run
+from bdx import corruptions
 from bdx.backdoor import fit
+from bdx.build import instantiate
 from bdx.configure import compose
 from bdx.defenses.sau import wrong
 from bdx.errors import UserError
@@ -171,3 +174,74 @@ def test_what_nc_has_to_say_is_said_by_the_run(shared, tmp_path, capsys):
         f"NC flags no class (anomaly index at most {row['anomaly_index']:.2f}): the net stays as it is"
     ]
     assert "NC" not in capsys.readouterr().out
+
+
+# TeCo and CD against the released loops, written out
+
+
+def detector(name, *overrides):
+    return instantiate(compose([f"detector={name}", *(f"detector.{o}" for o in overrides)]).detector)
+
+
+class Bright(torch.nn.Module):
+    def forward(self, x):
+        return torch.nn.functional.one_hot((x.mean((1, 2, 3)) > 0.5).long(), 2).float()
+
+
+@pytest.mark.parametrize(("recipe", "severities"), [("paper", [3.0, 6.0]), ("code", [2.0, 1.0])])
+def test_as_released_corruptions_pile_up(recipe, severities):
+    """0.28 + 0.1 + 0.2 is bright at the second step, and what is left of it stays bright whatever the contrast."""
+    teco, x = detector("teco", "corruptions=[brightness,contrast]", f"recipe={recipe}"), torch.full((1, 3, 8, 8), 71).byte()
+    assert teco.gives_way(Bright(), x, torch.Generator())[:, 0].tolist() == severities
+
+
+def test_tecos_score_is_that_of_a_loop_over_images():
+    g, names = torch.Generator().manual_seed(0), ["brightness", "contrast", "pixelate", "jpeg_compression"]
+    x = torch.randint(256, (12, 3, 16, 16), generator=g, dtype=torch.uint8)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 5), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(4 * 12 * 12, 5))
+    wanted = []
+    for one in x[:, None]:
+        severities = []
+        for of, levels in (corruptions.CORRUPTIONS[n] for n in names):
+            first = 6
+            for level in reversed(range(5)):
+                worse = (of(one / 255, levels[level], None).clamp(0, 1) * 255).byte() / 255
+                first = level + 1 if net(worse).argmax() != net(one / 255).argmax() else first
+            severities.append(first)
+        wanted.append(np.std(severities))
+    assert detector("teco", f"corruptions=[{','.join(names)}]").spread(net, x, 0).tolist() == pytest.approx(wanted)
+    assert len(set(wanted)) > 2
+
+
+def test_cds_masks_are_those_of_the_released_loop():
+    """Its objective is a mean over images, ours a sum, and Adam cannot tell; the steps of Adam by hand."""
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 6 * 6, 4)), torch.randint(256, (2, 3, 6, 6)).byte()
+    w, m, v, g = torch.ones(2, 1, 6, 6), 0, 0, torch.Generator().manual_seed(7)
+    image = x.float() / 255
+    for step in range(1, 9):
+        w = w.detach().requires_grad_()
+        mask = (w.tanh() + 1) / 2
+        loss = (net(image * mask + (1 - mask) * torch.rand(2, 3, 1, 1, generator=g)) - net(image)).abs().mean(1)
+        rows, columns = mask[:, 0].diff(dim=1).square(), mask[:, 0].diff(dim=2).square()
+        loss = loss + 0.01 * mask.sum((1, 2, 3)) + 10 * (rows.sum((1, 2)) + columns.sum((1, 2))) / 36
+        (grad,) = torch.autograd.grad(loss.mean(), w)
+        m, v = 0.1 * m + 0.9 * grad, 0.1 * v + 0.9 * grad**2
+        w = w - 0.1 * m / (1 - 0.1**step) / ((v / (1 - 0.1**step)).sqrt() + 1e-8)
+    wanted = ((w.tanh() + 1) / 2).sum((1, 2, 3)).tolist()
+    assert detector("cd", "steps=8").norms(net, x, 7).tolist() == pytest.approx(wanted, rel=1e-3)
+
+
+def test_corruptions_that_move_and_cover():
+    g, ramp = torch.Generator().manual_seed(0), (torch.arange(16.0) / 16).expand(2, 3, 16, 16)
+    glass = corruptions.glass_blur(ramp, (0.1, 2, 1), g)  # σ so small that it blurs nothing
+    assert 1 / 16 < float((glass - ramp).abs().max()) <= 2 / 16
+    assert torch.allclose(corruptions.elastic_transform(ramp, 0.0, g), ramp, atol=1e-5)
+    away = corruptions.elastic_transform(ramp, 20.0, g) - ramp
+    assert 0.1 < float(away.abs().max()) * 16 <= 20 * 0.005 * 16 + 1e-3  # pixels
+    white, black = (corruptions.snow(torch.full((2, 3, 16, 16), v), (0.1, 0.3, 2.0, 0.5, 4, 2, 0.8), g) for v in (1.0, 0.0))
+    assert torch.allclose(black, black.rot90(2, (2, 3)), atol=1e-6)
+    assert float(black.min()) == pytest.approx(0.2 * 0.5)  # pale where no flake is
+    assert float(black.max()) > 0.2
+    assert float(white.min()) == pytest.approx(0.8 + 0.2 * 2.0)
