@@ -32,6 +32,7 @@ class Pass:
     wants: bool
     graph: bool
     amp: bool
+    modules: list[nn.Module]
     back: list[tuple[bool, bool]] = field(default_factory=list)
 
     def kind(self) -> tuple:
@@ -66,7 +67,7 @@ class Count:
         x, params, device = args[0], list(net.parameters()), args[0].device.type
         made = Pass(
             net, tuple(x.shape), tuple(m.training for m in net.modules()), tuple(p.requires_grad for p in params),
-            x.requires_grad, torch.is_grad_enabled(), torch.is_autocast_enabled(device),
+            x.requires_grad, torch.is_grad_enabled(), torch.is_autocast_enabled(device), list(net.modules()),
         )  # fmt: skip
         self.passes.append(made)
         if made.graph and made.wants:
@@ -134,7 +135,7 @@ def again(p: Pass) -> Callable:
 
     def work():
         net, params = p.net, list(p.net.parameters())
-        for module, training in zip(net.modules(), p.modes, strict=True):
+        for module, training in zip(p.modules, p.modes, strict=True):
             module.training = training
         for param, wants in zip(params, p.grads, strict=True):
             param.requires_grad_(wants)
