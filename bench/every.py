@@ -70,7 +70,7 @@ def bench_defenses(place: Place) -> Iterator[Figure]:
     """Every defense, one of each module, on one net and 2,500 images."""
     data = place.images(place.pick(64, 2500, 2500))
     width = f"arch.width={64 if place.gpu else 16}"
-    attack = place.attack(data, "attack=badnets", width, "train=fast", "train.epochs=1", "train.batch=8")
+    attack = place.attack(data, "attack=badnets", width, "train.epochs=1")
     data = data.poisoned(attack.poison(data.train))
     attack.fit(data, place.trainer)
     left = {}
