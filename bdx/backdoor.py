@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,15 +36,15 @@ def build_attack(cfg: DictConfig, data: datasets.ImageData) -> Attack:
 def backdoored(
     cfg: DictConfig, attack: Attack, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen
 ) -> tuple[datasets.ImageData, store.Artifact]:
-    """Train `attack`, or load it from the store. Returns the data with the poisoned training set, and the artifact."""
-    for one, part in parts(cfg, attack):
-        if isinstance(part, Made) and part.wanting:
-            equip(one, part, data, stored, trainer, screen)
+    """Train `attack`, or load it from the store. Returns the data with the poisoned training set, and the artifact, whose
+    seconds count what the attack is made of (but no clean net for it, which is attack=none's) and what killed runs did."""
+    wanting = [(one, part) for one, part in parts(cfg, attack) if isinstance(part, Made) and part.wanting]
+    made = {a.id: a.meta["seconds"] for a in (equip(one, part, data, stored, trainer, screen) for one, part in wanting)}
     data = data.poisoned(attack.poison(data.train))
     of = recipe.of_backdoor(cfg, data.sha256)
     backdoor = stored.get_or_make(of, lambda checkpoint: fit(attack, data, trainer, checkpoint, screen))
     recover(attack, data, backdoor)
-    return data, backdoor
+    return data, replace(backdoor, meta=backdoor.meta | {"seconds": backdoor.meta["seconds"] + sum(made.values())})
 
 
 def parts(cfg: DictConfig, attack: Attack) -> list[tuple[DictConfig, Attack]]:
@@ -55,7 +57,9 @@ def parts(cfg: DictConfig, attack: Attack) -> list[tuple[DictConfig, Attack]]:
     return list(zip(alone, attack.parts.values(), strict=True))
 
 
-def equip(cfg: DictConfig, attack: Made, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen) -> None:
+def equip(
+    cfg: DictConfig, attack: Made, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen
+) -> store.Artifact:
     """Give the attack what it is made of: from the store, or made now, with a clean net where it asks for one."""
     clean = copy.deepcopy(cfg)
     with open_dict(clean):
@@ -70,7 +74,9 @@ def equip(cfg: DictConfig, attack: Made, data: datasets.ImageData, stored: store
         tensors, facts = attack.to(data.train.x.device).make(data, net, screen.epoch)
         return tensors, facts | {"seconds": time.monotonic() - started}
 
-    attack.take(stored.get_or_make(recipe.of_asset(cfg, data.sha256, attack.shapeless(), net_recipe), make).tensors)
+    asset = stored.get_or_make(recipe.of_asset(cfg, data.sha256, attack.shapeless(), net_recipe), make)
+    attack.take(asset.tensors)
+    return asset
 
 
 def surrogate(clean: DictConfig, of: dict, data: datasets.ImageData, stored: store.Store, trainer, screen: Screen) -> nn.Module:
@@ -85,11 +91,17 @@ def fit(attack: Attack, data: datasets.ImageData, trainer, checkpoint: Path, scr
     """Train the backdoor: (tensors to store, facts about them)."""
     if checkpoint.exists():
         screen.say("going on from where an earlier run was stopped")
-    started = time.monotonic()
-    attack.fit(data, trainer, checkpoint)
+    started = time.monotonic() - seconds_spent(checkpoint)
+    attack.fit(data, partial(trainer, since=started), checkpoint)
     facts = {"seconds": time.monotonic() - started, "poisoned_images": int(data.train.poisoned.sum())}
     indices = {"split.poisoned": data.train.poisoned, "split.reserved": data.reserved}
     return attack.state_dict() | indices, facts
+
+
+def seconds_spent(checkpoint: Path) -> float:
+    """On what killed runs have left at `checkpoint`, or beside it where a training has stages."""
+    left = checkpoint.parent.glob(f"{checkpoint.stem}*{checkpoint.suffix}")
+    return max((torch.load(p, mmap=True, map_location="cpu", weights_only=True).get("seconds", 0.0) for p in left), default=0.0)
 
 
 def recover(attack: Attack, data: datasets.ImageData, backdoor: store.Artifact) -> None:

@@ -21,6 +21,7 @@ from bdx.errors import UserError, nearest
 HERE = Path(__file__).resolve().parent
 CONF = next(p for p in (HERE / "conf", HERE.parent / "conf") if (p / "config.yaml").is_file())
 NAMED = ("dataset", "arch", "attack", "defense", "train")
+PLUMBING = ("hydra", "paths", "trainer", "logger", "eval")  # keys that are no part of what is asked
 OPTIONAL = ("schedule",)  # mappings in whose place null may stand
 
 
@@ -204,10 +205,9 @@ def one_of(overrides: list[str]) -> list[str]:
 def named(cfg: DictConfig, choices: dict, overrides: list[str]) -> DictConfig:
     """cfg with `names` (what was chosen in each group) and `asked` (the values given by hand), for the result row."""
     values = {o.key_or_group: o.value() for o in parse(overrides) if not o.is_sweep_override()}
-    asked = {k: v for k, v in values.items() if k not in groups() and not k.startswith(("hydra", "paths", "trainer", "logger"))}
     with open_dict(cfg):
         cfg.names = {g: choices[g] for g in (*NAMED, "detector") if choices.get(g)}
-        cfg.asked = asked
+        cfg.asked = {k: v for k, v in values.items() if k not in groups() and not k.startswith(PLUMBING)}
         if "parts" in cfg.attack:
             cfg.attack.parts = [unfold(part, cfg.attack) for part in cfg.attack.parts]
     return cfg

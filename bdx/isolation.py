@@ -29,7 +29,7 @@ HOLDS = {"flooding": flooding, "lga": local_gradient_ascent}
 def symmetric(logits: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
     """Symmetric cross-entropy (N,): α CE + β RCE, the reverse with log 0 taken as log 1e-4 (Wang et al., ICCV 2019)."""
     probability = logits.float().softmax(1).clamp(1e-7, 1.0)
-    hot = F.one_hot(y, logits.shape[1]).float().clamp(1e-4, 1.0)
+    hot = (F.one_hot(y, logits.shape[1]).float() if y.ndim == 1 else y).clamp(1e-4, 1.0)  # CutMix gives probabilities
     return alpha * F.cross_entropy(logits.float(), y, reduction="none") - beta * (probability * hot.log()).sum(1)
 
 

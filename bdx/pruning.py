@@ -6,7 +6,8 @@ keeps its modules and its interface.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -158,10 +159,10 @@ class Rule:
     def prune(self, net: nn.Module, prune: Callable[[nn.Module, float], None], grid: list[float], data) -> Curve:
         """prune(net, threshold) prunes in place. `net` is left as the rule says; where even the first threshold costs
         too much, as it was. Returns the thresholds that were looked at."""
+        state = {k: v.clone() for k, v in net.state_dict().items()}
         if self.select == "fixed":
             prune(net, self.threshold)
-            return Curve([], [], self.threshold)
-        state = {k: v.clone() for k, v in net.state_dict().items()}
+            return Curve([], [], self.threshold, Replay(state, prune, sorted({*grid, self.threshold}), self.threshold))
         before, chosen, seen = accuracy(net, data.clean), None, {}
         for threshold in grid:
             prune(net, threshold)
@@ -172,14 +173,33 @@ class Rule:
             chosen = threshold
         if chosen is not None:
             prune(net, chosen)
-        return Curve(list(seen), list(seen.values()), chosen)
+        return Curve(list(seen), list(seen.values()), chosen, Replay(state, prune, grid, chosen))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The choice of a threshold, to be gone through again: the net's state before, prune(net, threshold), the thresholds."""
+
+    state: dict[str, Tensor]
+    prune: Callable[[nn.Module, float], None]
+    grid: list[float]
+    chosen: float | None
+
+    def nets(self, net: nn.Module) -> Iterator[tuple[float, nn.Module]]:
+        """(threshold, the net pruned there), one copy of `net` for all of them."""
+        net = copy.deepcopy(net)
+        for threshold in self.grid:
+            net.load_state_dict(self.state)
+            self.prune(net, threshold)
+            yield threshold, net
 
 
 class Curve(nn.Module):
     """Accuracy on the reserved images at each threshold that was looked at, for the run to keep; `chosen` or None."""
 
-    def __init__(self, thresholds: list[float], accuracies: list[float], chosen: float | None):
+    def __init__(self, thresholds: list[float], accuracies: list[float], chosen: float | None, replay: Replay | None = None):
         super().__init__()
+        self.replay = replay
         self.register_buffer("thresholds", torch.tensor(thresholds))
         self.register_buffer("accuracies", torch.tensor(accuracies))
         self.chosen = chosen
@@ -188,6 +208,7 @@ class Curve(nn.Module):
 
     def report(self, defense) -> None:
         """Leave the curve, the threshold and how many BatchNorm channels are silent for the run to keep."""
+        defense.replay = self.replay
         norms = affine(defense.net).values()
         defense.facts |= {"threshold": self.chosen, "silent_channels": sum(int((m.weight == 0).sum()) for m in norms)}
         if len(self.thresholds):

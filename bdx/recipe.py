@@ -16,7 +16,7 @@ from bdx.errors import UserError
 
 VERSION = 1  # raise it when the meaning of a recipe changes, so that older artifacts are not taken for newer ones
 DRAW = 2  # how the reserved images are drawn; 1 was the attacks' own permutation, so that all of them had been poisoned
-PLUMBING = ("paths", "trainer", "logger", "hydra", "asked")
+PLUMBING = ("paths", "trainer", "logger", "eval", "hydra", "asked")
 BACKDOOR = ("dataset", "arch", "attack", "train", "seed")
 
 

@@ -22,6 +22,7 @@ from bdx.datasets import base as datasets
 from bdx.defenses.base import Defense
 from bdx.errors import UserError
 from bdx.evaluate import Seen, flagged, look, score
+from bdx.oracle import Oracle
 from bdx.screen import Screen
 from bdx.split import Split
 from bdx.tracking import draw_rows, draw_trigger
@@ -47,23 +48,26 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
     data = datasets.load(plain["dataset"], paths["data"], device=device, seed=cfg.seed)
     attack = build_attack(cfg, data)
     attack.check(data.train)
-    check(build_defense(cfg, attack), attack)
+    check(build_defense(cfg, attack), attack, data.augment.cutmix)
     for place in ("nets", "results"):  # the store is written to before a training starts, these after it
         files.writable(paths[place], f"paths.{place}, paths.out or BDX_OUT")
     tracker = instantiate(plain["logger"], allowed=("bdx.tracking.",))
     tracker.start(plain, id, folder := paths["nets"] / f"{id}.log")
+    trainer = partial(make_trainer, accelerator=accelerator, precision=cfg.train.precision, seed=cfg.seed)
     report = partial(heard, screen, tracker)
-    trainer = partial(make_trainer, accelerator=accelerator, precision=cfg.train.precision, seed=cfg.seed, report=report)
     try:
-        data, backdoor = backdoored(cfg, attack, data, store.Store(paths["store"]), trainer, screen)
+        data, backdoor = backdoored(cfg, attack, data, store.Store(paths["store"]), partial(trainer, report=report), screen)
         before = look(attack.net, attack, data.test)
         torch.manual_seed(cfg.seed)  # whether the backdoor was trained or loaded must not show in what follows
         defense = build_defense(cfg, attack)
+        oracle = Oracle(attack, data.test) if cfg.eval.oracle else None
         started = time.monotonic()
-        net = defense.run(data.allow(defense.needs), trainer)
-        seconds = time.monotonic() - started
+        net = defense.run(data.allow(defense.needs), partial(trainer, report=partial(report, watched=(oracle, defense))))
+        seconds = time.monotonic() - started - (oracle.seconds if oracle else 0)
         facts = {"classes": list(data.classes), "run": id, "backdoor": backdoor.id, "reserved": data.reserved.tolist()}
         archs.save(net, paths["nets"] / id, **facts)
+        for note in defense.notes:
+            screen.say(note)
         keep(defense, tracker, folder)
         after = look(archs.load(paths["nets"] / id), attack, data.test)  # what lies on disk is what the row describes
         if attack.has_trigger:
@@ -71,6 +75,9 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
             tracker.picture(folder / "trigger.png")
         row = row_of(cfg, id, backdoor, data, before, after, seconds, device) | defense.facts
         results.write(paths["results"], row := row | reserved_acc(attack.net, net, defense, data.clean, screen))
+        if oracle:
+            oracle.thresholds(defense)
+            screen.say(f"ORACLE   {oracle.write(folder) or 'no curve: this defense chooses neither threshold nor epoch'}")
         tracker.finish(row)  # the file is the truth, W&B its mirror
         return row
     except BaseException:
@@ -84,8 +91,8 @@ def build_defense(cfg: DictConfig, attack: Attack) -> Defense:
     return instantiate(cfg.defense, net=copy.deepcopy(attack.net))
 
 
-def check(defense: Defense, attack: Attack) -> None:
-    """Refuse what cannot work, naming both sides."""
+def check(defense: Defense, attack: Attack, cutmix: float = 0.0) -> None:
+    """Refuse what cannot work, naming both sides. cutmix: of the data set's augmentation."""
     if "train" in defense.needs and attack.has_trigger and not attack.leaves_poison:  # attack=none leaves clean images
         raise UserError(
             f"{type(defense).__name__} works on the poisoned training set, and {type(attack).__name__} leaves none; take "
@@ -96,13 +103,25 @@ def check(defense: Defense, attack: Attack) -> None:
             f"train.adversarial.steps={attack.recipe.budget.steps}: {type(attack).__name__} trains the victim in a way of its "
             "own, which adversarial training does not reach; set it to 0 or take an attack that poisons data"
         )
+    if attack.recipe.precision == "16-mixed" and not defense.takes_scaled:
+        raise UserError(
+            f"{type(defense).__name__} takes two gradients a step, which train.precision=16-mixed scales apart; take bf16-mixed"
+        )
+    if cutmix and not defense.takes_mixed and defense.augment:
+        raise UserError(
+            f"dataset.augment.cutmix={cutmix}: {type(defense).__name__} needs one label for each image; set it to 0 or "
+            "defense.augment=false, and train.augment.cutmix for the victim alone"
+        )
     if hasattr(defense, "optimizer") and hasattr(defense, "schedule"):
         try_out("defense", defense)
 
 
-def heard(screen: Screen, tracker, stage: str, epoch: int, epochs: int, means: dict, seconds: float) -> None:
+def heard(screen, tracker, stage: str, epoch: int, epochs: int, means: dict, seconds: float, watched=(None, None)) -> None:
     screen.epoch(stage, epoch, epochs, means, seconds)
     tracker.epoch(stage, epoch, means)
+    oracle, defense = watched
+    if oracle:
+        oracle.epoch(defense, stage, epoch, epochs)
 
 
 def keep(defense: Defense, tracker, folder: Path) -> None:

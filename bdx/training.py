@@ -70,6 +70,17 @@ class Recipe:
         augmentation("train.augment", self.augment)
         try_out("train", self)
 
+    def check_steps(self, images: int) -> None:
+        """Raise UserError where the schedule cannot go over as few steps as a training on so many images has."""
+        if self.schedule is None or self.every != "step":
+            return
+        steps = self.epochs * (max(1, images // self.batch) if self.drop_last else -(-images // self.batch))
+        try:
+            with blamed(f"train.schedule over {steps} steps (epochs={self.epochs}, batch={self.batch}, {images} images)"):
+                optimizers([nn.Parameter(torch.zeros(1))], self.optimizer, self.schedule, "step", steps)
+        except UserError as e:
+            raise UserError(f"{e}; take more epochs, a smaller batch or train.schedule=null") from None
+
     @property
     def budget(self) -> Budget | None:
         """Of adversarial training, or None without it."""
@@ -160,8 +171,9 @@ class Watch(pl.Callback):
     The losses are collected as tensors and read once per epoch.
     """
 
-    def __init__(self, stage: str, *, seed: int, report: Callable, checkpoint: Path | None):
+    def __init__(self, stage: str, *, seed: int, report: Callable, checkpoint: Path | None, since: float | None):
         self.stage, self.seed, self.report, self.checkpoint = stage, seed, report, checkpoint
+        self.since = time.monotonic() if since is None else since  # when the work began; a checkpoint says how much is done
         self.sums: dict[str, Tensor] = {}
         self.saved, self.pause = time.monotonic(), 20.0  # seconds between two checkpoints
         self.state: dict | None = None  # of the last epoch that ended and is not on disk yet
@@ -190,6 +202,7 @@ class Watch(pl.Callback):
         if self.checkpoint and epoch + 1 < trainer.max_epochs:
             # what save_checkpoint would write; the live tensors change with the next step
             self.state = copy.deepcopy(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+            self.state["seconds"] = time.monotonic() - self.since
             if time.monotonic() - self.saved > self.pause:
                 self.keep(trainer)
 
@@ -219,12 +232,12 @@ def accelerate(accelerator: str) -> tuple[torch.device, str]:
 
 
 def make_trainer(
-    stage: str, epochs: int, *, accelerator: str, precision: str, seed: int, report: Callable, checkpoint=None
+    stage: str, epochs: int, *, accelerator: str, precision: str, seed: int, report: Callable, checkpoint=None, since=None
 ) -> pl.Trainer:
-    """A Trainer for one stage; `report(stage, epoch, epochs, means, seconds)` hears of every epoch."""
+    """A Trainer for one stage; `report(stage, epoch, epochs, means, seconds)` hears of every epoch. since: of Watch."""
     return pl.Trainer(
         max_epochs=epochs, accelerator=accelerator, devices=1, precision=precision,
-        callbacks=[Watch(stage, seed=seed, report=report, checkpoint=checkpoint)],
+        callbacks=[Watch(stage, seed=seed, report=report, checkpoint=checkpoint, since=since)],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         inference_mode=False, num_sanity_val_steps=0, gradient_clip_val=None,
     )  # fmt: skip

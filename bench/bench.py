@@ -15,6 +15,7 @@ import torch
 from attacks import bench_controlled  # noqa: F401
 from common import SGD, Figure, Place, train, versus
 from defenses import bench_cnpd, bench_d3, bench_npd  # noqa: F401
+from every import bench_defenses  # noqa: F401
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -123,6 +124,7 @@ BENCHES = {n.removeprefix("bench_"): f for n, f in list(globals().items()) if n.
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures little")
+    parser.add_argument("--full", action="store_true", help="defenses: as many epochs as their papers say, for a GPU")
     parser.add_argument("--only", choices=BENCHES, help="; ".join(f"{n}: {f.__doc__}" for n, f in BENCHES.items()))
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -134,7 +136,7 @@ def main() -> None:
     for device in ["cpu", "cuda"][: 1 + len(gpu)]:
         table = Table(device, "measured", "aim", "", "note")
         names = [n for n in BENCHES if args.only in (None, n) and (n != "card" or device == "cuda")]
-        for figure in chain.from_iterable(BENCHES[n](Place(device, device == "cuda", args.quick)) for n in names):
+        for figure in chain.from_iterable(BENCHES[n](Place(device, device == "cuda", args.quick, args.full)) for n in names):
             rows.append({"device": device, **asdict(figure)})
             table.add_row(*figure.row())
         console.print(table)

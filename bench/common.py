@@ -47,6 +47,7 @@ class Place:
     device: str
     gpu: bool
     quick: bool
+    full: bool = False
 
     def pick(self, quick: int, cpu: int, gpu: int) -> int:
         return quick if self.quick else gpu if self.gpu else cpu

@@ -32,7 +32,11 @@ def bench_nad(place: Place) -> Iterator[Figure]:
 
 
 def bench_nc(place: Place) -> Iterator[Figure]:
-    """Neural Cleanse's search: ten classes in one problem against one class after the other."""
+    """Neural Cleanse's search: ten classes in one problem against one class after the other.
+
+    It pays where one class leaves the device idle. One CPU thread is full at 16 images: a pass with the pixels' gradient
+    took 0.98, 0.74, 0.70, 0.94 ms an image in batches of 16, 64, 256, 1024 (width 16), 7.2, 6.1, 7.6 of 16, 64, 256 (width 64).
+    """
     data, steps = place.images(place.pick(64, 256, 2560)), place.pick(1, 1, 10)
     nc = made(place, data, 16 if place.quick else 64, "defense=nc")
 
@@ -42,7 +46,7 @@ def bench_nc(place: Place) -> Iterator[Figure]:
             place.trainer("triggers", 1).fit(Search(nc.net, classes, nc.search), batches)
 
     slow, fast = place.race(place.pick(1, 1, 5), partial(search, 1), partial(search, 10))
-    yield versus("nc: class by class over all at once", slow, fast, steps, aim=4)
+    yield versus("nc: class by class over all at once", slow, fast, steps, aim=4 if place.gpu else None)
     for at_once in (1, 10):
         yield Figure(f"nc: peak memory, {at_once} at once", place.peak(partial(search, at_once)), "MiB")
 

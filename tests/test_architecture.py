@@ -18,9 +18,9 @@ from bdx.configure import compose, summary
 PACKAGE = ROOT / "bdx"
 # floor 0 stands in one line: a file may use those before it
 LINE = (
-    "errors", "files", "split", "picture", "draws", "augment", "metrics", "polarizers", "conditioned", "decoder", "surgery",
-    "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build", "recipe", "imagefile",
-    "store", "results", "configure", "agreement", "layout", "page", "composer", "grid",
+    "errors", "files", "split", "picture", "draws", "augment", "corruptions", "metrics", "polarizers", "conditioned", "decoder",
+    "surgery", "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build", "recipe",
+    "imagefile", "store", "results", "configure", "agreement", "layout", "page", "composer", "grid",
 )  # fmt: skip
 FLOORS = (
     set(LINE),
@@ -28,7 +28,7 @@ FLOORS = (
     {"detectors"},
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
-    {"backdoor", "tables", "charts"},
+    {"backdoor", "oracle", "tables", "charts"},
     {"run", "info", "data", "forecast", "figures", "readme"},
     {"engines", "triggers", "detection", "plates"},
     {"sweep", "multirun", "detect", "report"},

@@ -13,12 +13,12 @@ from conftest import TINY, build_attack, load_digits, names
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from bdx import info
+from bdx import corruptions, info
 from bdx.build import instantiate
 from bdx.configure import CONF, compose
 from bdx.defenses.ac import AC
 from bdx.detection import check, judged_by, rates
-from bdx.detectors import abl_loss, beatrix, cd, scan, spectre, strip, teco
+from bdx.detectors import abl_loss, beatrix, cd, scan, spectre, strip
 from bdx.detectors.base import penultimate, principal, sample
 from bdx.errors import UserError
 from bdx.run import build_defense
@@ -501,10 +501,10 @@ def test_the_severity_at_which_a_label_changes():
     assert detector.spread(Bright(), x, 0).tolist() == pytest.approx([1.5, 0.5])
 
 
-@pytest.mark.parametrize("name", list(teco.CORRUPTIONS))
+@pytest.mark.parametrize("name", list(corruptions.CORRUPTIONS))
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 20, 12)], ids=str)
 def test_a_corruption_keeps_the_shape_and_grows_with_severity(name, shape):
-    of, severities = teco.CORRUPTIONS[name]
+    of, severities = corruptions.CORRUPTIONS[name]
     assert len(severities) == 5
     coarse = torch.rand(2, shape[0], 5, 4, generator=torch.Generator().manual_seed(3))
     rows = nn.functional.interpolate(coarse, shape[1:], mode="bicubic").clamp(0, 1)
@@ -519,12 +519,12 @@ def test_a_corruption_keeps_the_shape_and_grows_with_severity(name, shape):
 
 def test_corruptions_by_hand():
     x = torch.tensor([0.2, 0.4, 0.4])[None, :, None, None].repeat(1, 1, 8, 8)
-    assert torch.allclose(teco.brightness(x, 0.2, None)[0, :, 0, 0], torch.tensor([0.3, 0.6, 0.6]))
-    assert torch.allclose(teco.defocus_blur(x, 3, None), x, atol=1e-6)
-    assert torch.allclose(teco.contrast(x, 0.1, None), x, atol=1e-6)
+    assert torch.allclose(corruptions.brightness(x, 0.2, None)[0, :, 0, 0], torch.tensor([0.3, 0.6, 0.6]))
+    assert torch.allclose(corruptions.defocus_blur(x, 3, None), x, atol=1e-6)
+    assert torch.allclose(corruptions.contrast(x, 0.1, None), x, atol=1e-6)
     steps = torch.arange(16.0).view(1, 1, 4, 4)
-    assert teco.pixelate(steps, 0.5, None)[0, 0, 0].tolist() == [2.5, 2.5, 4.5, 4.5]
-    noisy = teco.impulse_noise(torch.full((1, 3, 100, 100), 0.5), 0.1, torch.Generator().manual_seed(0))
+    assert corruptions.pixelate(steps, 0.5, None)[0, 0, 0].tolist() == [2.5, 2.5, 4.5, 4.5]
+    noisy = corruptions.impulse_noise(torch.full((1, 3, 100, 100), 0.5), 0.1, torch.Generator().manual_seed(0))
     assert float((noisy != 0.5).float().mean()) == pytest.approx(0.1, abs=0.01)
 
 
@@ -537,7 +537,7 @@ def test_jpeg_against_pillow():
         with io.BytesIO() as file:
             picture.save(file, "JPEG", quality=quality, subsampling=0)
             theirs = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).float()
-        ours = teco.jpeg_compression((x * 255).round()[None] / 255, quality, None)[0] * 255
+        ours = corruptions.jpeg_compression((x * 255).round()[None] / 255, quality, None)[0] * 255
         assert float((ours - theirs).abs().mean()) < 1.5
 
 

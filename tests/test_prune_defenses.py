@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -296,12 +295,6 @@ def test_it_takes_the_gradient_elsewhere(attack, digits, quick_trainer):
     weights = [n.body.linear.weight for n in (plain, *nets)]
     assert torch.allclose(weights[0], weights[1], atol=1e-6)
     assert not torch.allclose(weights[0], weights[2], atol=1e-4)
-
-
-def test_scaled_gradients_are_refused(attack, digits):
-    """On a CPU Lightning makes bf16-mixed of it, hence a Trainer that says only its precision."""
-    with pytest.raises(UserError, match=r"train\.precision=16-mixed scales apart; take bf16-mixed"):
-        repair(made(attack, "ft_sam"), digits, lambda stage, epochs: SimpleNamespace(precision="16-mixed"))
 
 
 # mistakes

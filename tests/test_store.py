@@ -450,7 +450,7 @@ def test_only_what_a_dead_process_of_this_machine_wrote_of_the_same_thing_is_swe
 
 # recipes: identity by exclusion
 
-PLUMBING = ("paths.", "trainer.", "logger.", "dataset.source.")
+PLUMBING = ("paths.", "trainer.", "logger.", "eval.", "dataset.source.")
 SAID = ("names.", "asked")  # how the run was asked for, put there by compose
 
 

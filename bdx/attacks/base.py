@@ -15,7 +15,7 @@ from bdx.datasets.base import Augment, Batches, ImageData
 from bdx.errors import UserError
 from bdx.picture import picture
 from bdx.split import Split
-from bdx.training import Recipe, optimizers, sharpness_aware
+from bdx.training import Recipe, blamed, optimizers, sharpness_aware
 
 
 class Attack(pl.LightningModule):
@@ -112,7 +112,8 @@ class Attack(pl.LightningModule):
     # what follows from it
 
     def check(self, split: Split) -> None:
-        """Raise UserError where this training set cannot be poisoned as asked, before anything is made or trained."""
+        """Raise UserError where this training set cannot be poisoned or trained on as asked, before anything is made."""
+        self.recipe.check_steps(len(split))
         if self.leaves_poison:
             self.choose(split)
 
@@ -176,7 +177,8 @@ class Attack(pl.LightningModule):
     def configure_optimizers(self):
         r = self.recipe
         steps = self.trainer.estimated_stepping_batches
-        return optimizers(self.net.parameters(), r.optimizer, r.schedule, r.every, steps)
+        with blamed(f"train.schedule over {steps} steps"):  # where `check` counted other batches than a method makes
+            return optimizers(self.net.parameters(), r.optimizer, r.schedule, r.every, steps)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         r = self.recipe

@@ -15,6 +15,7 @@ from bdx.archs.base import fresh
 from bdx.contrastive import Projector, contrast, nt_xent
 from bdx.datasets.base import Batches, ImageData
 from bdx.errors import UserError
+from bdx.pruning import Replay
 from bdx.split import Split, pixels
 from bdx.training import at_least_one, optimizers, try_out
 from bdx.views import Twice
@@ -25,6 +26,8 @@ class Defense(pl.LightningModule):
 
     needs            which splits: "clean" (reserved images), "train" (the poisoned training set), or nothing
     needs_batchnorm  whether the net must have BatchNorm layers
+    takes_scaled     whether train.precision=16-mixed will do, which scales a loss before its gradient is taken
+    takes_mixed      whether CutMix will do, which gives an image two labels
     trains, cost     in words, for `bdx info defenses`: which parameters, and what that takes
 
     `run` gets an ImageData in which only the declared splits can be touched, never the test set. What it leaves besides
@@ -34,6 +37,8 @@ class Defense(pl.LightningModule):
 
     needs: frozenset[str] = frozenset({"clean"})
     needs_batchnorm = False
+    takes_scaled = True
+    takes_mixed = True
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -44,12 +49,18 @@ class Defense(pl.LightningModule):
             )
         self.net = net
         self.facts: dict[str, float | str] = {}
+        self.notes: list[str] = []
         self.pictures: dict[str, Tensor] = {}
         self.extras: dict[str, nn.Module] = {}
+        self.replay: Replay | None = None  # of a threshold's choice
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         """make_trainer(stage, epochs) -> a Trainer for one stage. Returns the repaired net, in any mode."""
         raise NotImplementedError(f"{type(self).__name__} must say how it repairs a net")
+
+    def tunes(self, stage: str) -> bool:
+        """Whether the loop `stage` tunes the very net that is returned, so that it could have ended after any epoch."""
+        return False
 
     def renew(self, names: tuple[str, ...] = ("normalize", "body")) -> None:
         """The named modules get the weights of a net just built."""
@@ -79,6 +90,10 @@ class Tuning(Defense):
 
     def configure_optimizers(self):
         return optimizers(self.trained(), self.optimizer, self.schedule)
+
+    def tunes(self, stage: str) -> bool:
+        mine = {id(p) for p in self.net.parameters()}
+        return stage == type(self).__name__ and all(id(p) in mine for p in self.trained())
 
     def batches(self, data: ImageData):
         return data.batches(data.clean, size=self.batch, shuffle=True, augment=self.augment, stage=1)

@@ -112,7 +112,8 @@ class DBD(Staged):
         with torch.no_grad():
             guess = self.net(unknown.x).float().softmax(1)
             guess = sharpen((guess[: len(guess) // 2] + guess[len(guess) // 2 :]) / 2, self.temperature)
-        y = torch.cat([F.one_hot(known.y, guess.shape[1]).float(), guess, guess])
+        hot = F.one_hot(known.y, guess.shape[1]).float() if known.y.ndim == 1 else known.y
+        y = torch.cat([hot, guess, guess])
         share = torch.distributions.Beta(self.alpha, self.alpha).sample().to(y)
         x, y = mixed(torch.cat([known.x, unknown.x]), y, share, torch.randperm(len(y), device=y.device))
         logits, n = self.net(x).float(), len(known.x)

@@ -7,12 +7,9 @@ Each step takes the gradient at w + e, e = ρ w²g/‖|w|g‖ (adaptive SAM, bdx
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import nn
 
-from bdx.datasets.base import ImageData
 from bdx.defenses.base import Tuning
 from bdx.errors import UserError, one_of
 from bdx.training import sharpness_aware
@@ -26,6 +23,7 @@ class FTSAM(Tuning):
 
     trains = "all weights"
     cost = "per clean image and epoch: two training steps"
+    takes_scaled = False
 
     def __init__(self, net: nn.Module, *, rho: float, adaptive: bool, label_smoothing: float, stepping: str, **loop):
         one_of("defense.stepping", stepping, ("epoch", "batch"))
@@ -50,10 +48,3 @@ class FTSAM(Tuning):
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         optimizer.step(closure=sharpness_aware(self.net, optimizer_closure, self.rho, self.adaptive))
-
-    def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
-        trainer = make_trainer("FT-SAM", self.epochs)
-        if trainer.precision == "16-mixed":
-            raise UserError("FT-SAM takes two gradients a step, which train.precision=16-mixed scales apart; take bf16-mixed")
-        trainer.fit(self.ready(), self.batches(data))
-        return self.net

@@ -137,7 +137,7 @@ class NC(Tuning):
         self.pictures = {"triggers": torch.stack([patterns, masks.expand_as(patterns), masks * patterns])}
         self.net.requires_grad_(True)
         if not len(found):
-            print(f"bdx: NC flags no class (anomaly index at most {float(index.max()):.2f}): the net stays as it is")
+            self.notes.append(f"NC flags no class (anomaly index at most {float(index.max()):.2f}): the net stays as it is")
             return self.net
         lesson = with_triggers(data.clean, masks[found], patterns[found], self.share, data.seed)
         batches = data.batches(lesson, size=self.batch, shuffle=True, augment=self.augment, stage=1)

@@ -46,6 +46,7 @@ class NPD(Tuning):
 
     trains = "an inserted polarizer alone"
     cost = "per clean image and epoch: the perturbation's passes and two more, through frozen weights"
+    takes_mixed = False
 
     def __init__(
         self, net: nn.Module, *, layer: str, structure: str, init: str, bn_mode: str, warmup_epochs: int,

@@ -40,7 +40,8 @@ class Stage(pl.LightningModule):
 
     def training_step(self, batch, _):
         logits = self.model(batch.x)
-        self.hits, self.seen = self.hits + (logits.detach().argmax(1) == batch.y).sum(), self.seen + len(batch.y)
+        y = batch.y if batch.y.ndim == 1 else batch.y.argmax(1)  # after CutMix, the larger part
+        self.hits, self.seen = self.hits + (logits.detach().argmax(1) == y).sum(), self.seen + len(y)
         return self.factor * F.cross_entropy(logits, batch.y)
 
     def on_before_optimizer_step(self, _):

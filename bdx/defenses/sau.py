@@ -64,7 +64,7 @@ class SAU(Tuning):
         terms = {
             "clean": F.cross_entropy(clean, y),
             "adv": F.cross_entropy(adv, y),
-            "share": unlearn(adv, fooled, (fooled != y) & (fooled != said_before)),
+            "share": unlearn(adv, fooled, wrong(fooled, y) & (fooled != said_before)),
         }
         return {"loss": sum(self.weights[k] * v for k, v in terms.items()), **terms}
 
@@ -88,6 +88,11 @@ class SAU(Tuning):
         ce = [F.cross_entropy(z, y, reduction="none") * s for z, s in ((f, stays), (before, stays_before))]
         adv, share = -sum(ce).sum() / 2, (jensen_shannon(f, before) * alone).sum()
         return (self.beta_adv * adv + self.beta_share * share) / len(y)
+
+
+def wrong(said: Tensor, y: Tensor) -> Tensor:
+    """(N,) bool: said (N,) is not the label, or after CutMix, y (N,K), neither of the two."""
+    return said != y if y.ndim == 1 else y.gather(1, said[:, None])[:, 0] == 0
 
 
 def jensen_shannon(f: Tensor, g: Tensor) -> Tensor:

@@ -6,19 +6,16 @@ arXiv 2303.18191; sec. 4.
     t_c: lowest severity 1 to 5 of corruption c at which the net's label changes, 6 where it never does
     score = standard deviation of t_c over corruptions
 
-The corruptions are those of Hendrycks and Dietterich (2019) at ImageNet's severities, as tensors: eleven of the fifteen.
-Glass blur, snow, frost and elastic are not here, fog's clouds are sums of smooth noise, and blur discs have hard edges.
-The paper gives no threshold; flagged is what lies above the `keep` quantile of clean images.
+The paper gives no threshold; flagged is what lies above the `keep` quantile of clean images. recipe=code: the released
+loops change the images (or the list of transforms) in place, so that each corruption is laid over all before it.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from bdx.corruptions import CORRUPTIONS
 from bdx.detectors.base import Detector, quantile
 from bdx.errors import UserError, one_of
 from bdx.split import pixels
@@ -28,20 +25,22 @@ from bdx.training import predict
 class TeCo(Detector):
     """corruptions   names
     keep             share of clean images that is accepted
+    recipe           paper: each corruption of the image as it is; code: of what all before it, in turn, have left of it
     """
 
     judges = ("test", "train")
     needs = frozenset({"clean"})
 
-    def __init__(self, *, corruptions: list, keep: float, **common):
+    def __init__(self, *, corruptions: list, keep: float, recipe: str, **common):
         super().__init__(**common)
+        one_of("detector.recipe", recipe, ("paper", "code"))
         for name in corruptions:
             one_of("detector.corruptions", name, CORRUPTIONS)
         if len(corruptions) < 2 or not 0 < keep < 1:
             raise UserError(
                 f"{len(corruptions)} detector.corruptions, keep={keep}: expected two or more, and keep between 0 and 1"
             )
-        self.corruptions, self.keep = corruptions, keep
+        self.corruptions, self.keep, self.recipe = corruptions, keep, recipe
 
     def score(self, net: nn.Module, split, data, make_trainer) -> Tensor:
         self.threshold = quantile(self.spread(net, self.some(data.clean, data.seed).x, data.seed), self.keep)
@@ -54,134 +53,13 @@ class TeCo(Detector):
 
     def gives_way(self, net: nn.Module, x: Tensor, g: Generator) -> Tensor:
         """x (N,C,H,W) uint8 -> (corruptions, N) severities 1 to 6."""
-        before, clean, found = predict(net, x), pixels(x), []
+        before, at, found = predict(net, x), pixels(x), []
         for name in self.corruptions:
             of, severities = CORRUPTIONS[name]
-            worse = [(of(clean, c, g).clamp(0, 1) * 255).to(torch.uint8) for c in severities]
-            held = torch.stack([predict(net, w) == before for w in worse]).cumprod(0)
-            found.append(1.0 + held.sum(0))
+            held = []
+            for c in severities:
+                worse = (of(at, c, g).clamp(0, 1) * 255).to(torch.uint8)
+                held.append(predict(net, worse) == before)
+                at = pixels(worse) if self.recipe == "code" else at
+            found.append(1.0 + torch.stack(held).cumprod(0).sum(0))
         return torch.stack(found)
-
-
-def gaussian_noise(x, c, g):
-    return x + c * torch.empty_like(x).normal_(generator=g)
-
-
-def shot_noise(x, c, g):
-    return torch.poisson(x * c, generator=g) / c
-
-
-def impulse_noise(x, c, g):
-    """A share c of all values becomes black or white."""
-    u = torch.empty_like(x).uniform_(generator=g)
-    return torch.where(u < c / 2, 0.0, torch.where(u > 1 - c / 2, 1.0, x))
-
-
-def filtered(x: Tensor, kernel: Tensor) -> Tensor:
-    """Each channel with kernel (k,k), k odd, of sum 1; the image goes on beyond its border as its mirror."""
-    k, channels = len(kernel), x.shape[1]
-    r = min(k // 2, min(x.shape[2:]) - 1)
-    kernel = kernel[k // 2 - r : k // 2 + r + 1, k // 2 - r : k // 2 + r + 1]
-    kernel = (kernel / kernel.sum()).to(x).expand(channels, 1, -1, -1)
-    return F.conv2d(F.pad(x, (r, r, r, r), mode="reflect"), kernel, groups=channels)
-
-
-def defocus_blur(x, radius, g):
-    at = torch.arange(-radius, radius + 1)
-    return filtered(x, (at[:, None].square() + at.square() <= radius**2).float())
-
-
-def motion_blur(x, c, g):
-    """c: length and σ of a one-sided Gaussian along a direction within 45° of the horizontal, one for all images."""
-    radius, sigma = c
-    angle = (torch.rand(1, generator=g, device=x.device).item() - 0.5) * math.pi / 2
-    along = torch.arange(radius + 1)
-    rows, columns = ((along * f).round().long() + radius for f in (math.sin(angle), math.cos(angle)))
-    kernel = torch.zeros(2 * radius + 1, 2 * radius + 1)
-    kernel.index_put_((rows, columns), torch.exp(-(along.float() ** 2) / (2 * sigma**2)), accumulate=True)
-    return filtered(x, kernel)
-
-
-def zoom_blur(x, c, g):
-    """The mean of the image and of its enlargements up to c[0], in steps of c[1]."""
-    factors = torch.arange(1, c[0], c[1]).tolist()
-    total, how = x, {"align_corners": False}
-    for f in factors:
-        grid = F.affine_grid(torch.tensor([[[1 / f, 0, 0], [0, 1 / f, 0]]]), (1, 1, *x.shape[2:]), **how).to(x)
-        total = total + F.grid_sample(x, grid.expand(len(x), -1, -1, -1), padding_mode="border", **how)
-    return total / (1 + len(factors))
-
-
-def fog(x, c, g):
-    """c: how much of it, and by what factor each finer octave of the clouds is fainter."""
-    amount, decay = c
-    clouds, side, weight = torch.zeros(len(x), 1, *x.shape[2:], device=x.device), 2, 1.0
-    while side <= max(x.shape[2:]):
-        noise = torch.rand(len(x), 1, side, side, generator=g, device=x.device)
-        clouds += weight * F.interpolate(noise, x.shape[2:], mode="bilinear")
-        side, weight = 2 * side, weight / decay
-    clouds -= clouds.amin((1, 2, 3), keepdim=True)
-    clouds /= clouds.amax((1, 2, 3), keepdim=True)
-    top = x.amax((1, 2, 3), keepdim=True)
-    return (x + amount * clouds) * top / (top + amount)
-
-
-def brightness(x, c, g):
-    """Value of HSV + c; hue and saturation stay."""
-    value = x.amax(1, keepdim=True)
-    lighter = (value + c).clamp(0, 1)
-    return torch.where(value > 0, x * lighter / value.clamp_min(1e-6), lighter)
-
-
-def contrast(x, c, g):
-    mean = x.mean((2, 3), keepdim=True)
-    return (x - mean) * c + mean
-
-
-def pixelate(x, c, g):
-    small = [max(1, int(side * c)) for side in x.shape[2:]]
-    return F.interpolate(F.interpolate(x, small, mode="area"), x.shape[2:], mode="nearest")
-
-
-LUMA = torch.tensor([
-    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80,
-    62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98,
-    112, 100, 103, 99,
-]).float().view(8, 8)  # fmt: skip
-CHROMA = torch.full((8, 8), 99.0)
-CHROMA[:4, :4] = torch.tensor([[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]])
-YCBCR = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-
-
-def jpeg_compression(x, quality, g):
-    """Each block of 8×8 through its cosine transform, rounded by the standard's tables; colour is not subsampled."""
-    colour = x.shape[1] == 3
-    y = torch.einsum("dc,nchw->ndhw", YCBCR.to(x), x) * 255 if colour else x * 255
-    y[:, :1] -= 128
-    n, channels, height, width = y.shape
-    y = F.pad(y, (0, -width % 8, 0, -height % 8), mode="replicate")
-    scale = (5000 / quality if quality < 50 else 200 - 2 * quality) / 100
-    tables = torch.stack([LUMA] + [CHROMA] * (channels - 1)).to(x)[None, :, None, None]
-    step = (tables * scale).round().clamp(1, 255)
-    at = torch.arange(8, device=x.device)
-    cosine = torch.cos((2 * at + 1) * at[:, None] * math.pi / 16) * torch.where(at == 0, 0.5**0.5, 1.0)[:, None] / 2
-    blocks = y.unfold(2, 8, 8).unfold(3, 8, 8)
-    blocks = cosine.T @ ((cosine @ blocks @ cosine.T / step).round() * step) @ cosine
-    y = blocks.transpose(3, 4).reshape(n, channels, y.shape[2], y.shape[3])[..., :height, :width].clone()
-    y[:, :1] += 128
-    return torch.einsum("cd,ndhw->nchw", YCBCR.inverse().to(x), y) / 255 if colour else y / 255
-
-
-CORRUPTIONS = {
-    "gaussian_noise": (gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
-    "shot_noise": (shot_noise, (60, 25, 12, 5, 3)),
-    "impulse_noise": (impulse_noise, (0.03, 0.06, 0.09, 0.17, 0.27)),
-    "defocus_blur": (defocus_blur, (3, 4, 6, 8, 10)),
-    "motion_blur": (motion_blur, ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15))),
-    "zoom_blur": (zoom_blur, ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03))),
-    "fog": (fog, ((1.5, 2.0), (2.0, 2.0), (2.5, 1.7), (2.5, 1.5), (3.0, 1.4))),
-    "brightness": (brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
-    "contrast": (contrast, (0.4, 0.3, 0.2, 0.1, 0.05)),
-    "pixelate": (pixelate, (0.6, 0.5, 0.4, 0.3, 0.25)),
-    "jpeg_compression": (jpeg_compression, (25, 18, 15, 10, 7)),
-}
