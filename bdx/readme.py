@@ -101,6 +101,7 @@ def of_paper(name: str) -> grid.Table:
     return grid.load(name)
 
 
+@cache
 def in_print() -> dict[tuple[str, str, str], dict[str, float]]:
     """(table, attack, defense) -> metric -> percent."""
     found: dict[tuple, dict[str, float]] = defaultdict(dict)
@@ -158,6 +159,12 @@ def repairs(rows: list[dict], current: set[str], composer: Composer) -> str:
     return "\n".join([about, "", *rule(head, lines(chosen)), *([*fold, "", "</details>"] if more else [])])
 
 
+def undefended(attack: str) -> str:
+    """What the papers print for it before any repair."""
+    prints = [(PAPERS[name], in_print().get((name, attack, "none"), {})) for name in PAPERS]
+    return "; ".join(f"{paper} {p['acc']:.2f} / {p['asr']:.2f}" for paper, p in prints if {"acc", "asr"} <= set(p))
+
+
 def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
     """Nets before any repair, as the newest row of each backdoor and seed found them."""
     known = in_print()
@@ -165,12 +172,10 @@ def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
     head = ["attack", "changed keys", "ACC / ASR", "poisoned images", "seconds", "n", "in print: ACC / ASR"]
     lines = []
     for s in found:
-        prints = [(PAPERS[name], known.get((name, s.attack, "none"), {})) for name in PAPERS]
-        told = "; ".join(f"{paper} {p['acc']:.2f} / {p['asr']:.2f}" for paper, p in prints if {"acc", "asr"} <= set(p))
         images = ", ".join(sorted({f"{r['n_poisoned']:,}" for r in s.rows}))
         seconds = f"{mean(r['seconds_attack'] for r in s.rows):.0f}"
         changed = ", ".join(f"`{w}`" for w in s.changed)
-        numbers = s.scores("acc_before", "asr_before"), images, seconds, str(len(s.rows)), told or "–"
+        numbers = s.scores("acc_before", "asr_before"), images, seconds, str(len(s.rows)), undefended(s.attack) or "–"
         lines.append([f"`{s.attack}`", changed, *numbers])
     return "\n".join(["The backdoors themselves, before any repair:", "", *rule(head, lines)])
 
