@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from bdx.tables import number
 MARKED = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PRESET, SCALE = "cpu_scale", "cpu"
 PAPERS = {"npd2023/table01": "NPD", "d32024/table01": "D3", "tnr2022/table01": "T&R"}
+LOOKS = ("L2", "L∞ of 255", "PSNR dB", "SSIM")  # columns of `bdx info triggers`
 ALIKE = {"badnets": "badnet_white", "blended": "blend"}  # Trap-and-Replace's own triggers of that kind
 
 
@@ -159,6 +161,15 @@ def repairs(rows: list[dict], current: set[str], composer: Composer) -> str:
     return "\n".join([about, "", *rule(head, lines(chosen)), *([*fold, "", "</details>"] if more else [])])
 
 
+def trigger_looks() -> dict[str, dict[str, str]]:
+    """Backdoor -> its line in the tables of `bdx info triggers` that lie beside the rows."""
+    found = {}
+    for path in sorted((grid.EXPERIMENTS / "results").glob("triggers_*.csv")):
+        with open(path, newline="") as file:
+            found |= {of["backdoor"]: of for of in csv.DictReader(file) if of["backdoor"]}
+    return found
+
+
 def undefended(attack: str) -> str:
     """What the papers print for it before any repair."""
     prints = [(PAPERS[name], in_print().get((name, attack, "none"), {})) for name in PAPERS]
@@ -167,15 +178,23 @@ def undefended(attack: str) -> str:
 
 def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
     """Nets before any repair, as the newest row of each backdoor and seed found them."""
-    known = in_print()
+    looks = trigger_looks()
     found = settings([r | {"defense": ""} for r in rows], current, own=lambda word: not word.startswith("defense."))
-    head = ["attack", "changed keys", "ACC / ASR", "poisoned images", "seconds", "n", "in print: ACC / ASR"]
+    head = ["attack", "changed keys", "ACC / ASR", *LOOKS, "poisoned images", "seconds", "n", "in print: ACC / ASR"]
     lines = []
     for s in found:
         images = ", ".join(sorted({f"{r['n_poisoned']:,}" for r in s.rows}))
         seconds = f"{mean(r['seconds_attack'] for r in s.rows):.0f}"
         changed = ", ".join(f"`{w}`" for w in s.changed)
-        numbers = s.scores("acc_before", "asr_before"), images, seconds, str(len(s.rows)), undefended(s.attack) or "–"
+        of = next((looks[r["backdoor"]] for r in s.rows if r.get("backdoor") in looks), {})
+        numbers = (
+            s.scores("acc_before", "asr_before"),
+            *(of.get(k, "–") for k in LOOKS),
+            images,
+            seconds,
+            str(len(s.rows)),
+            undefended(s.attack) or "–",
+        )
         lines.append([f"`{s.attack}`", changed, *numbers])
     return "\n".join(["The backdoors themselves, before any repair:", "", *rule(head, lines)])
 

@@ -86,7 +86,8 @@ def triggers(argv: list[str]) -> int:
     net = archs.build(plain["arch"], **plain["dataset"]["normalize"], **about)  # one for all: none is trained
     yamls = {n: OmegaConf.to_container(compose([*words, f"attack={n}"]).attack, resolve=True) for n in options("attack")}
     store = Store(Path(cfg.paths.store).expanduser())
-    kept, scores = stored(store, cfg, data.sha256, yamls), measured(Path(cfg.paths.results).expanduser())
+    scores = measured(Path(cfg.paths.results).expanduser())
+    kept = stored(store, cfg, data.sha256, yamls, scores)
     lines, shown, later, refused = [], {}, [], []
     for name, yaml in yamls.items():
         found = kept.get(name)
@@ -125,9 +126,9 @@ def differing(a: dict, b: dict) -> tuple[str, ...]:
     return tuple(f"{k}={b[k]}" for k in sorted(a.keys() & b.keys()) if canonical(a[k], k) != canonical(b[k], k))
 
 
-def stored(store: Store, cfg: DictConfig, sha256: str, yamls: dict[str, dict]) -> dict[str, Kept]:
-    """The backdoor of each attack with this data set, net, training and seed: that with the fewest changed keys, then the
-    newest. A stored recipe does not name its attack: of the YAML files with its class, the nearest does."""
+def stored(store: Store, cfg: DictConfig, sha256: str, yamls: dict[str, dict], scores: dict) -> dict[str, Kept]:
+    """The backdoor of each attack with this data set, net, training and seed: that with the fewest changed keys, then one
+    that was measured, then the newest. A stored recipe does not name its attack: of the YAML files with its class, the nearest does."""
     arch, train = (OmegaConf.to_container(cfg[k], resolve=True) for k in ("arch", "train"))
     found: dict[str, list[Kept]] = {}
     for path in store.root.glob("*/meta.json"):
@@ -143,7 +144,7 @@ def stored(store: Store, cfg: DictConfig, sha256: str, yamls: dict[str, dict]) -
         if alike:
             name = min(alike, key=lambda n: len(alike[n]))
             found.setdefault(name, []).append(Kept(path.parent.name, of, alike[name], path.stat().st_mtime))
-    return {name: min(those, key=lambda k: (len(k.changed), -k.written)) for name, those in found.items()}
+    return {name: min(those, key=lambda k: (len(k.changed), k.id not in scores, -k.written)) for name, those in found.items()}
 
 
 def restore(attack: Attack, store: Store, id: str) -> bool:
