@@ -128,7 +128,7 @@ def differing(a: dict, b: dict) -> tuple[str, ...]:
 
 def stored(store: Store, cfg: DictConfig, sha256: str, yamls: dict[str, dict], scores: dict) -> dict[str, Kept]:
     """The backdoor of each attack with this data set, net, training and seed: that with the fewest changed keys, then one
-    that was measured, then the newest. A stored recipe does not name its attack: of the YAML files with its class, the nearest does."""
+    that was measured, then the newest. A stored recipe does not name its attack: the nearest YAML file of its class does."""
     arch, train = (OmegaConf.to_container(cfg[k], resolve=True) for k in ("arch", "train"))
     found: dict[str, list[Kept]] = {}
     for path in store.root.glob("*/meta.json"):
@@ -187,13 +187,13 @@ def line(name: str, attack: Attack, of: Looks, found: Kept | None, row: dict) ->
 
 
 def show(lines: list[dict], refused: list[str], later: list[str], dataset: str) -> None:
-    """What is in no line, or for all alike, takes no column."""
+    """What is in no line takes no column; the papers' numbers stand beside ours alone."""
     console, table = Console(highlight=False), Table(box=None, pad_edge=False)
     heads = [h for h in lines[0] if h != "backdoor" and any(of[h] for of in lines)]
-    if not any(of["ACC"] for of in lines):
-        heads.remove("in print: ACC / ASR") if "in print: ACC / ASR" in heads else None
+    if "ACC" not in heads:
+        heads = [h for h in heads if h != "in print: ACC / ASR"]
     for i, head in enumerate(heads):
-        table.add_column(head, no_wrap=True, justify="left" if i < 4 or head in ("changed keys",) else "right")
+        table.add_column(head, no_wrap=True, justify="left" if i < 4 or head == "changed keys" else "right")
     for of in lines:
         table.add_row(*(of[h] for h in heads))
     console.width = max(console.width, 200 if "ACC" in heads else 120)
