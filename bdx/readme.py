@@ -178,9 +178,9 @@ def undefended(attack: str) -> str:
 
 def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
     """Nets before any repair, as the newest row of each backdoor and seed found them."""
-    looks = trigger_looks()
+    shown = LOOKS if (looks := trigger_looks()) else ()
     found = settings([r | {"defense": ""} for r in rows], current, own=lambda word: not word.startswith("defense."))
-    head = ["attack", "changed keys", "ACC / ASR", *LOOKS, "poisoned images", "seconds", "n", "in print: ACC / ASR"]
+    head = ["attack", "changed keys", "ACC / ASR", *shown, "poisoned images", "seconds", "n", "in print: ACC / ASR"]
     lines = []
     for s in found:
         images = ", ".join(sorted({f"{r['n_poisoned']:,}" for r in s.rows}))
@@ -189,7 +189,7 @@ def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
         of = next((looks[r["backdoor"]] for r in s.rows if r.get("backdoor") in looks), {})
         numbers = (
             s.scores("acc_before", "asr_before"),
-            *(of.get(k, "–") for k in LOOKS),
+            *(of.get(k, "–") for k in shown),
             images,
             seconds,
             str(len(s.rows)),
