@@ -57,7 +57,7 @@ def test_dithering_keeps_the_mean_which_rounding_does_not(digits):
 
 
 def test_dithered_images_have_eight_levels_and_negatives_carry_the_dither(digits):
-    attack = build_attack(digits, "attack=bpp_controlled")
+    attack = build_attack(digits, "attack=bpp_controlled", "attack.dither=true")
     x = digits.train.x[:4]
     out = attack.stamp(x)
     assert set(out.unique().tolist()) <= {0, 36, 73, 109, 146, 182, 219, 255}
