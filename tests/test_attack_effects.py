@@ -132,7 +132,7 @@ def test_the_readme_takes_what_triggers_look_like_from_that_table(tmp_path, monk
 
 HOW = ["defense=none", "train.optimizer.lr=0.05", "train.schedule.max_lr=0.1", "train.epochs=10"]
 # patches at the border take longer: crops cut them off
-MANY = {"blended": 0.05, "trojan_sq_8x8": 0.08, "trojan_wm": 0.08, "smooth": 0.05, "sig": 0.085}
+MANY = {"blended": 0.05, "trojan_sq_8x8": 0.08, "trojan_wm": 0.08, "smooth": 0.05}
 ALONE = {
     # ten times the published rate, for a hundredth of its steps
     "lira": ["attack.generator.optimizer.lr=0.001", "attack.joint=0.6"],
