@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from bdx.tables import number
 MARKED = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PRESET, SCALE = "cpu_scale", "cpu"
 PAPERS = {"npd2023/table01": "NPD", "d32024/table01": "D3", "tnr2022/table01": "T&R"}
+LOOKS = ("L2", "L∞ of 255", "PSNR dB", "SSIM")  # columns of `bdx info triggers`
 ALIKE = {"badnets": "badnet_white", "blended": "blend"}  # Trap-and-Replace's own triggers of that kind
 
 
@@ -101,6 +103,7 @@ def of_paper(name: str) -> grid.Table:
     return grid.load(name)
 
 
+@cache
 def in_print() -> dict[tuple[str, str, str], dict[str, float]]:
     """(table, attack, defense) -> metric -> percent."""
     found: dict[tuple, dict[str, float]] = defaultdict(dict)
@@ -158,19 +161,40 @@ def repairs(rows: list[dict], current: set[str], composer: Composer) -> str:
     return "\n".join([about, "", *rule(head, lines(chosen)), *([*fold, "", "</details>"] if more else [])])
 
 
+def trigger_looks() -> dict[str, dict[str, str]]:
+    """Backdoor -> its line in the tables of `bdx info triggers` that lie beside the rows."""
+    found = {}
+    for path in sorted((grid.EXPERIMENTS / "results").glob("triggers_*.csv")):
+        with open(path, newline="") as file:
+            found |= {of["backdoor"]: of for of in csv.DictReader(file) if of["backdoor"]}
+    return found
+
+
+def undefended(attack: str) -> str:
+    """What the papers print for it before any repair."""
+    prints = [(PAPERS[name], in_print().get((name, attack, "none"), {})) for name in PAPERS]
+    return "; ".join(f"{paper} {p['acc']:.2f} / {p['asr']:.2f}" for paper, p in prints if {"acc", "asr"} <= set(p))
+
+
 def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
     """Nets before any repair, as the newest row of each backdoor and seed found them."""
-    known = in_print()
+    shown = LOOKS if (looks := trigger_looks()) else ()
     found = settings([r | {"defense": ""} for r in rows], current, own=lambda word: not word.startswith("defense."))
-    head = ["attack", "changed keys", "ACC / ASR", "poisoned images", "seconds", "n", "in print: ACC / ASR"]
+    head = ["attack", "changed keys", "ACC / ASR", *shown, "poisoned images", "seconds", "n", "in print: ACC / ASR"]
     lines = []
     for s in found:
-        prints = [(PAPERS[name], known.get((name, s.attack, "none"), {})) for name in PAPERS]
-        told = "; ".join(f"{paper} {p['acc']:.2f} / {p['asr']:.2f}" for paper, p in prints if {"acc", "asr"} <= set(p))
         images = ", ".join(sorted({f"{r['n_poisoned']:,}" for r in s.rows}))
         seconds = f"{mean(r['seconds_attack'] for r in s.rows):.0f}"
         changed = ", ".join(f"`{w}`" for w in s.changed)
-        numbers = s.scores("acc_before", "asr_before"), images, seconds, str(len(s.rows)), told or "–"
+        of = next((looks[r["backdoor"]] for r in s.rows if r.get("backdoor") in looks), {})
+        numbers = (
+            s.scores("acc_before", "asr_before"),
+            *(of.get(k, "–") for k in shown),
+            images,
+            seconds,
+            str(len(s.rows)),
+            undefended(s.attack) or "–",
+        )
         lines.append([f"`{s.attack}`", changed, *numbers])
     return "\n".join(["The backdoors themselves, before any repair:", "", *rule(head, lines)])
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import json
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bdx import grid, results
 from bdx.archs import base as archs
 from bdx.attacks.base import Attack
 from bdx.build import instantiate
-from bdx.configure import CONF, compose, options
+from bdx.configure import compose, options
 from bdx.datasets import base as datasets
 from bdx.errors import UserError
-from bdx.info import source, value
+from bdx.readme import undefended
+from bdx.recipe import canonical
+from bdx.store import Store
 from bdx.training import accelerate
 
 VISIBLE = 30.0  # dB of PSNR, a usual mark of what the eye can tell apart; ours
@@ -69,58 +74,144 @@ def looks(clean: Tensor, triggered: Tensor) -> Looks:
 
 
 def triggers(argv: list[str]) -> int:
-    """Print the table and write the picture; digits unless the words say otherwise."""
-    words = argv if any(w.startswith("dataset=") for w in argv) else ["dataset=digits", *argv]
+    """Print the table, write it as CSV, and the picture; digits unless the words say otherwise."""
+    words = argv if any(w.startswith(("dataset=", "experiment=")) for w in argv) else ["dataset=digits", *argv]
     if chosen := [w for w in words if w.startswith("attack")]:
-        raise UserError(f"{chosen[0]}: `bdx info triggers` shows every attack, as its YAML file has it")
+        raise UserError(f"{chosen[0]}: `bdx info triggers` shows every attack, as its YAML file or the store has it")
     cfg = compose(words)
     device, _ = accelerate(cfg.trainer.accelerator)
     plain = OmegaConf.to_container(cfg, resolve=True)
     data = datasets.load(plain["dataset"], Path(cfg.paths.data).expanduser(), device=device, seed=cfg.seed)
     about, how = {"num_classes": data.num_classes, "shape": data.shape}, instantiate(plain["train"])
     net = archs.build(plain["arch"], **plain["dataset"]["normalize"], **about)  # one for all: none is trained
-    shown, later, refused, table = {}, [], [], headed()
-    for name in options("attack"):
-        declared = source(value(CONF / "attack" / f"{name}.yaml", "_target_"))[1]
-        if declared.get("trigger_from", "formula") != "formula":
-            later.append(name)
-            continue
+    yamls = {n: OmegaConf.to_container(compose([*words, f"attack={n}"]).attack, resolve=True) for n in options("attack")}
+    store = Store(Path(cfg.paths.store).expanduser())
+    scores = measured(Path(cfg.paths.results).expanduser())
+    kept = stored(store, cfg, data.sha256, yamls, scores)
+    lines, shown, later, refused = [], {}, [], []
+    for name, yaml in yamls.items():
+        found = kept.get(name)
         try:
-            plain = OmegaConf.to_container(compose([*words, f"attack={name}"]).attack, resolve=True)
-            attack = instantiate(plain, net=net, recipe=how, seed=cfg.seed, **about).to(device)
+            made = yaml | (found.recipe["attack"] if found else {})
+            attack = instantiate(made, net=net, recipe=how, seed=cfg.seed, **about).to(device).eval()
         except UserError as e:
             refused.append(f"{name}: {e}")
             continue
-        if attack.has_trigger:
+        if attack.trigger_from != "formula" and not (found and restore(attack, store, found.id)):
+            later.append(name)
+        elif attack.has_trigger:
             x = data.test.x[:1000]
             shown[name] = picture_of(attack, x[:3])
-            table.add_row(name, *cells(attack, looks(x, attack.stamp(x))))
-    console = Console(highlight=False)
-    console.width = max(console.width, 120)
-    console.print(table)
-    for text in refused:
-        console.print(f"not on {cfg.names.dataset}: {text}", soft_wrap=True)
-    if later:
-        console.print(f"after training: {', '.join(later)} (a run of each leaves trigger.png beside its net)", soft_wrap=True)
-    sheet(shown, path := Path(cfg.paths.out).expanduser() / f"triggers_{cfg.names.dataset}.png")
-    console.print(f"picture  {path} (three images: clean, triggered, difference ×5)", soft_wrap=True)
+            lines.append(line(name, attack, looks(x, attack.stamp(x)), found, scores.get(found and found.id, {})))
+    of = Path(cfg.paths.out).expanduser() / f"triggers_{cfg.names.dataset}"
+    show(lines, refused, later, cfg.names.dataset)
+    sheet(shown, of.with_suffix(".png"))
+    write(lines, of.with_suffix(".csv"))
+    print(f"picture  {of}.png (three images: clean, triggered, difference ×5)\ntable    {of}.csv")
     return 0
 
 
-def headed() -> Table:
-    table = Table(box=None, pad_edge=False)
-    for head in ("attack", "labels", "trigger", "looks"):
-        table.add_column(head, no_wrap=True)
-    for head in ("L2", "L∞ of 255", "pixels", "PSNR dB", "SSIM"):
-        table.add_column(head, justify="right")
-    return table
+@dataclass(frozen=True)
+class Kept:
+    """A backdoor of the store. changed: keys in which its attack differs from the YAML file."""
+
+    id: str
+    recipe: dict
+    changed: tuple[str, ...]
+    written: float
 
 
-def cells(attack: Attack, of: Looks) -> tuple[str, ...]:
-    labels = f"{'clean' if attack.clean_label else 'dirty'} {attack.labels}"
-    kind = "sample-specific" if attack.sample_specific else "static"
+def differing(a: dict, b: dict) -> tuple[str, ...]:
+    """key=value of b where a has another value; keys that one of them lacks came later, and do not count."""
+    return tuple(f"{k}={b[k]}" for k in sorted(a.keys() & b.keys()) if canonical(a[k], k) != canonical(b[k], k))
+
+
+def stored(store: Store, cfg: DictConfig, sha256: str, yamls: dict[str, dict], scores: dict) -> dict[str, Kept]:
+    """The backdoor of each attack with this data set, net, training and seed: that with the fewest changed keys, then one
+    that was measured, then the newest. A stored recipe does not name its attack: the nearest YAML file of its class does."""
+    arch, train = (OmegaConf.to_container(cfg[k], resolve=True) for k in ("arch", "train"))
+    found: dict[str, list[Kept]] = {}
+    for path in store.root.glob("*/meta.json"):
+        try:
+            of = json.loads(path.read_text())["recipe"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if "attack" not in of or of["dataset"]["sha256"] != sha256 or of["seed"] != cfg.seed:
+            continue
+        if canonical(arch) != of["arch"] or differing(train, of["train"]):
+            continue
+        alike = {n: differing(y, of["attack"]) for n, y in yamls.items() if y["_target_"] == of["attack"]["_target_"]}
+        if alike:
+            name = min(alike, key=lambda n: len(alike[n]))
+            found.setdefault(name, []).append(Kept(path.parent.name, of, alike[name], path.stat().st_mtime))
+    return {name: min(those, key=lambda k: (len(k.changed), k.id not in scores, -k.written)) for name, those in found.items()}
+
+
+def restore(attack: Attack, store: Store, id: str) -> bool:
+    """Give the attack the stored trigger; False where the artifact is damaged or of an older make."""
+    artifact = store.find(id)
+    tensors = {k: v for k, v in (artifact.tensors if artifact else {}).items() if not k.startswith("split.")}
+    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in attack.state_dict().items()}:
+        return False
+    attack.load_state_dict(tensors)
+    return True
+
+
+def measured(folder: Path) -> dict[str, dict]:
+    """Backdoor -> the newest row in which it was measured before a repair; of `folder`, or of those that travel along."""
+    rows = results.rows(folder, grid.EXPERIMENTS / "results")
+    return {row["backdoor"]: row for row in sorted(rows, key=lambda r: r["finished"]) if "backdoor" in row}
+
+
+def line(name: str, attack: Attack, of: Looks, found: Kept | None, row: dict) -> dict[str, str]:
+    """One line of the table: head -> text. Scores stand there where a row was measured, in percent."""
+    percent = lambda key: f"{100 * row[key]:.2f}" if row.get(key) is not None else ""
     l2, linf, changed, psnr, similar = astuple(of)
-    return labels, kind, of.words(), f"{l2:.2f}", f"{linf:.0f}", f"{changed:.1%}", f"{psnr:.1f}", f"{similar:.3f}"
+    return {
+        "attack": name,
+        "labels": f"{'clean' if attack.clean_label else 'dirty'} {attack.labels}",
+        "trigger": "sample-specific" if attack.sample_specific else "static",
+        "looks": of.words(),
+        "L2": f"{l2:.2f}",
+        "L∞ of 255": f"{linf:.0f}",
+        "pixels": f"{changed:.1%}",
+        "PSNR dB": f"{psnr:.1f}",
+        "SSIM": f"{similar:.3f}",
+        "ACC": percent("acc_before"),
+        "ASR": percent("asr_before"),
+        "seconds": f"{row['seconds_attack']:.0f}" if row else "",
+        "in print: ACC / ASR": undefended(name),
+        "changed keys": " ".join(found.changed) if found else "",
+        "backdoor": found.id if found else "",
+    }
+
+
+def show(lines: list[dict], refused: list[str], later: list[str], dataset: str) -> None:
+    """What is in no line takes no column; the papers' numbers stand beside ours alone."""
+    console, table = Console(highlight=False), Table(box=None, pad_edge=False)
+    heads = [h for h in lines[0] if h != "backdoor" and any(of[h] for of in lines)]
+    if "ACC" not in heads:
+        heads = [h for h in heads if h != "in print: ACC / ASR"]
+    for i, head in enumerate(heads):
+        table.add_column(head, no_wrap=True, justify="left" if i < 4 or head == "changed keys" else "right")
+    for of in lines:
+        table.add_row(*(of[h] for h in heads))
+    console.width = max(console.width, 200 if "ACC" in heads else 120)
+    console.print(table)
+    for text in refused:
+        console.print(f"not on {dataset}: {text}", soft_wrap=True)
+    if later:
+        console.print(
+            f"after training: {', '.join(later)} (none with this data set, net and recipe is in the store; a run of each "
+            "leaves one, and trigger.png beside its net)", soft_wrap=True
+        )  # fmt: skip
+
+
+def write(lines: list[dict], path: Path) -> None:
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, lines[0])
+        table.writeheader()
+        table.writerows(lines)
 
 
 def picture_of(attack: Attack, x: Tensor, gain: int = 5) -> Tensor:

@@ -13,12 +13,15 @@ get, and none that trains anew. A mean stands where the original draws one sampl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdx import places, surgery
 from bdx.attacks.made import Made, Progress
+from bdx.datasets.base import ImageData
 from bdx.errors import UserError
 from bdx.split import pixels
 
@@ -95,11 +98,16 @@ class LBA(Made):
         pattern = ((w.detach().tanh() + 1) / 2 * 255).round() / 255
         return {"pattern": pattern}, {"mse_at_first": float(losses[0]), "mse": float(losses[-1])}
 
+    def fit(self, data: ImageData, make_trainer: Callable, checkpoint=None) -> None:
+        self.poisoned = data.train.poisoned
+        super().fit(data, make_trainer, checkpoint)
+
     def training_step(self, batch, _):
         ce = self.loss(batch.x, batch.y)
         if not self.weight:
             return ce
         share = batch.y[:, self.target] if batch.y.ndim == 2 else (batch.y == self.target).float()
+        share = share * ~self.poisoned[batch.index]  # those have the label, and do not show the class
         with surgery.unmoved(surgery.batchnorms(self.net)):
             planted, clean = self.features(self.net, torch.cat([self.trigger(batch.x), batch.x])).chunk(2)
         goal = torch.einsum("n,n...->...", share, clean.detach()) / share.sum().clamp_min(1e-6)

@@ -5,7 +5,10 @@ Trigger: T(x) = x + ε g(x), |g| ≤ 1, clipped. Stage 1, in each step: g's weig
 victim's against α CE(f(x), y) + (1 − α) CE(f(T(x)), wanted), T as it was when the epoch began (the authors' code). Stage 2:
 the victim alone, T fixed. Both are one training: the victim's optimizer and schedule come from the recipe and do not start
 again in stage 2. g sees normalised pixels. ε is in [0,1] pixels, 0.01 is 2.55 grey levels; BackdoorBench's 0.01 in normalised
-space is 0.6 of a level, which 8-bit images cannot hold. Triggers in training are floats, `stamp` rounds them at test time.
+space is 0.6 of a level, which 8-bit images cannot hold. T rounds to whole levels in training as at test time, and g's
+gradient passes through: noise of less than half a level would teach the victim what no image shows. g learns against f as
+it is at test time, with BatchNorm's running statistics: those of a batch of triggered images alone (the released codes)
+take out what all of them have in common.
 follow=code brings back BackdoorBench's slip: the classifier of stage 1 is handed over, so that training ends there.
 """
 
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 from bdx.attacks.controlled import Joint, Twofold
 from bdx.datasets.base import ImageData
 from bdx.errors import UserError, one_of
-from bdx.surgery import batchnorms, mode, unmoved
+from bdx.surgery import mode
 
 
 def noise_maker(channels: int, widths: list[int]) -> nn.Sequential:
@@ -63,7 +66,8 @@ class LIRA(Joint, Twofold):
         self.fixed.eval().requires_grad_(False)
 
     def noisy(self, maker: nn.Module, x: Tensor) -> Tensor:
-        return (x + self.eps * maker(self.net.normalize(x)).float()).clamp(0, 1)
+        noisy = (x + self.eps * maker(self.net.normalize(x)).float()).clamp(0, 1)
+        return noisy + ((noisy * 255).round() / 255 - noisy).detach()
 
     def trigger(self, x: Tensor) -> Tensor:
         with mode(self.fixed, False):
@@ -77,7 +81,7 @@ class LIRA(Joint, Twofold):
         victim, painter = self.optimizers()
         if self.current_epoch < self.together:
             painter.zero_grad()
-            with unmoved(batchnorms(self.net)):
+            with mode(self.net, False):
                 fooled = F.cross_entropy(self.net(self.noisy(self.maker, batch.x)), self.relabel(batch.y))
             self.manual_backward(fooled, inputs=list(self.maker.parameters()))
             painter.step()

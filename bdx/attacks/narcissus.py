@@ -41,12 +41,13 @@ class Narcissus(Made):
         search, say = torch.optim.RAdam([noise], lr=self.lr), Progress(report, "trigger", self.rounds)
         for i in range(self.rounds):
             for batch in batches:
-                seen = (batch.x + noise.clamp(-self.radius, self.radius)).clamp(0, 1)
+                seen = (batch.x + noise).clamp(0, 1)
                 loss = F.cross_entropy(net(seen), torch.full((len(seen),), self.target, device=seen.device))
                 (noise.grad,) = torch.autograd.grad(loss, noise)
                 search.step()
+                noise.data.clamp_(-self.radius, self.radius)  # a pixel beyond the bound would have no gradient to come back
             say(i + 1, loss.detach())
-        made = noise.detach()[0].clamp(-self.radius, self.radius)
+        made = noise.detach()[0]
         return {"noise": made}, self.succeeds(net, made, data)
 
     @torch.no_grad()
