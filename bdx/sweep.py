@@ -21,12 +21,26 @@ from bdx.comparison import printed_cells
 from bdx.composer import Composer
 from bdx.configure import compose
 from bdx.engines import engine
+from bdx.engines import help as engines
+from bdx.engines import options as options_of
 from bdx.engines.base import Engine, Job, Outcome
 from bdx.errors import UserError, nearest
 from bdx.forecast import estimate, spoken
 from bdx.grid import Cell
 
 OPTIONS = ("scale", "engine", "slots")
+HELP = """bdx sweep: run what is missing of a paper's table
+
+  bdx sweep                                      the tables, and how many of their cells can run
+  bdx sweep PAPER/TABLE [scale=smoke|cpu|paper] [engine=local|slurm|ray] [engine.KEY=VALUE …] [key=value …] [--dry-run]
+
+  --dry-run   show the plan and run nothing
+  slots=N     is engine.slots=N
+  key=value   goes to every cell; a list narrows or widens the grid: attack=badnets,blended seed=0,1,2
+
+The row files are the truth: the same command again goes on where it was stopped. Engines, and their options with defaults:
+
+"""
 AGAIN = ("memory", "died")  # outcomes after which a cell is tried once more, alone
 
 
@@ -102,6 +116,7 @@ class Drive:
         self.cells = {c.run: c for c in todo}
         self.failed: dict[str, Outcome] = {}
         self.finished: list[Outcome] = []
+        self.again: list[Outcome] = []
         self.leads: dict[str, int] = defaultdict(int)
         self.waiting: dict[str, list[Cell]] = defaultdict(list)
         for cell in sorted(todo, key=lambda c: c.at.get("defense") != "none"):  # an undefended cell is a backdoor, no more
@@ -134,6 +149,7 @@ class Drive:
                 outcome = replace(outcome, state="failed", reason="it ended well but left no row")
             if outcome.state in AGAIN and not job.alone:
                 self.engine.submit(replace(job, alone=True))
+                self.again.append(outcome)
                 continue
             if outcome.state == "done":
                 self.finished.append(outcome)
@@ -151,24 +167,30 @@ def follow(drive: Drive, console: Console) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         while drive.left:
-            for o in drive.step(0.5):
-                why, done = f": {o.reason}" if o.reason else "", total - drive.left
+            ended, done = drive.step(0.5), total - drive.left
+            for o in (*drive.again, *ended):
+                why = f"{': ' * bool(o.reason)}{o.reason}{'; it is tried again' * (o in drive.again)}"
                 at = " ".join(f"{k}={v}" for k, v in drive.cells[o.job.id].at.items())
                 bar.console.print(f"[{done}/{total}] {o.state} in {spoken(o.seconds)}  {at}{why}", soft_wrap=True, markup=False)
-            done = total - drive.left
+            drive.again.clear()
             eta = f", about {spoken((time.monotonic() - started) / done * drive.left)} left" if done else ""
             text = f"{len(drive.engine.running())} running, {len(drive.failed)} failed{eta}"
             bar.update(task, completed=done, description=text)
 
 
 def sweep(argv: list[str]) -> int:
-    """`bdx sweep NAME [scale=…] [engine=local] [slots=N] [key=value …] [--dry-run]`; without a name, what there is."""
+    """`bdx sweep NAME …`, as HELP says; without a name, what there is."""
+    if {"-h", "--help"} & set(argv):
+        print(HELP + engines(), end="")
+        return 0
     name, options, words = words_of(argv, ("--dry-run",))
     say = (console := Console(highlight=False, soft_wrap=True)).print
     if name is None:
         return overview(options.get("scale", "cpu"), say)
     if "logger=wandb" in words and not any(w.startswith("logger.group=") for w in words):
         words = [*words, f"logger.group={name}"]  # W&B shows the cells of a table together
+    kind = options.get("engine", "local")
+    how = options_of(kind, [w for w in argv if w.startswith(("engine.", "slots="))])
     composer, started = Composer(), time.monotonic()
     table, scale = grid.load(name), grid.scale(options.get("scale", "paper"))
     found = plan(table, scale, words, composer, fetch=not (dry := "--dry-run" in argv))
@@ -179,8 +201,7 @@ def sweep(argv: list[str]) -> int:
         return 0
     for place in ("store", "nets", "results"):
         files.writable(found.paths[place], f"paths.{place}, paths.out or BDX_OUT")
-    slots, kind = int(options.get("slots", 0)), options.get("engine", "local")
-    runner = engine(kind, slots=slots or None, folder=found.paths["out"] / "sweep")
+    runner = engine(kind, **how, folder=found.paths["out"] / "sweep")
     try:
         follow(drive := Drive(found, todo, runner), console)
     finally:
@@ -210,9 +231,8 @@ def words_of(argv: Iterable[str], flags: tuple[str, ...]) -> tuple[str | None, d
     if len(names) > 1:
         raise UserError(f"{names[1]}: expected one table, and {names[0]} is there already")
     options = {k: v for k, _, v in (w.partition("=") for w in words) if k in OPTIONS}
-    if not (slots := options.get("slots", "1")).isdecimal() or slots == "0":
-        raise UserError(f"slots={slots}: expected a whole number from 1")
-    return names[0] if names else None, options, [w for w in words if w.partition("=")[0] not in OPTIONS]
+    left = [w for w in words if w.partition("=")[0] not in OPTIONS and not w.startswith("engine.")]
+    return names[0] if names else None, options, left
 
 
 def overview(scale: str, say) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 
 from bdx.adversarial import Budget
@@ -227,6 +228,7 @@ def make_trainer(
         callbacks=[Watch(stage, seed=seed, report=report, checkpoint=checkpoint)],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         inference_mode=False, num_sanity_val_steps=0, gradient_clip_val=None,
+        plugins=[LightningEnvironment()],  # in a SLURM job it would take the signals and checkpoints for its own
     )  # fmt: skip
 
 

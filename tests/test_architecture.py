@@ -30,6 +30,8 @@ FLOORS = (
     {"evaluate", "tracking", "screen", "comparison"},
     {"backdoor", "tables", "charts"},
     {"run", "info", "data", "forecast", "figures", "report", "readme"},
+    {"worker"},
+    {"shift"},
     {"engines", "triggers", "detection"},
     {"sweep", "multirun", "detect"},
     {"cli"},

@@ -1,0 +1,127 @@
+"""The slurm and ray engines on a SLURM and a Ray of this machine's own: jobs are killed, and every row arrives once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import loop_slurm
+import pytest
+from conftest import ROOT
+from loop_slurm import until
+
+from bdx import results
+
+pytestmark = pytest.mark.engines
+TABLE = "npd2023/table01"
+GRID = ["scale=smoke", "attack=badnets,blended", "defense=none,ft,fp"]
+
+
+@contextlib.contextmanager
+def started(env: dict, shared: Path, out: Path, *words: str):
+    """The sweep of six cells in a process of its own; what it says goes to a file. Interrupted if the block raises."""
+    places = [f"paths.data={shared / 'data'}", f"paths.out={out}"]
+    env = env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bdx.cli", "sweep", TABLE, *GRID, *places, *words]
+    with open(out.parent / f"{out.name}.log", "w") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(60)
+
+
+def said(out: Path) -> str:
+    return (out.parent / f"{out.name}.log").read_text()
+
+
+def every_row_once(out: Path) -> None:
+    text = said(out)
+    assert [int(n) for n in re.findall(r"^\[(\d)/6\] done", text, re.M)] == [1, 2, 3, 4, 5, 6], text
+    assert "6 done, 0 failed" in text
+    rows = results.rows(out / "results")
+    assert sorted((r["attack"], r["defense"]) for r in rows) == [
+        (a, d) for a in ("badnets", "blended") for d in ("fp", "ft", "none")
+    ]
+    assert len({r["backdoor"] for r in rows}) == 2
+    assert not [p for p in (out / "results").iterdir() if p.suffix != ".json"]
+
+
+def running(slurm) -> list[str]:
+    return slurm.run("squeue", "-h", "-r", "-t", "RUNNING", "-o", "%i").stdout.split()
+
+
+@pytest.mark.skipif(loop_slurm.lacking() is not None, reason=str(loop_slurm.lacking()))
+@pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
+def test_slurm_with_a_job_cancelled_one_requeued_and_its_controller_killed(shared, tmp_path):
+    words = ["engine=slurm", "engine.gres=shard:1", "engine.cpus=1", "engine.memory_gb=2", "engine.poll=2"]
+    with loop_slurm.Loop() as slurm, started(slurm.env, shared, out := tmp_path / "out", *words) as sweep:
+        until(lambda: len(running(slurm)) == 2 or sweep.poll() is not None, 120)
+        cancelled, requeued = running(slurm)
+        slurm.run("scancel", cancelled)
+        assert slurm.run("scontrol", "requeue", requeued).returncode == 0
+        until(lambda: "it is tried again" in said(out), 120)
+        slurm.processes["slurmctld"].kill()
+        slurm.processes["slurmctld"].wait()
+        until(lambda: "SLURM does not answer" in said(out), 120)
+        slurm.control()
+        assert sweep.wait(400) == 0, said(out)
+        every_row_once(out)
+        assert re.search(rf"died .* SLURM job {cancelled} is CANCELLED.*; it is tried again", said(out))
+        assert said(out).count("it is tried again") == 1
+        states = slurm.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", requeued).stdout.split()
+        assert states == ["REQUEUED", "COMPLETED"]
+        assert slurm.run("squeue", "-h").stdout == ""
+
+
+@pytest.mark.skipif(loop_slurm.lacking() is not None, reason=str(loop_slurm.lacking()))
+@pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
+def test_slurm_takes_over_what_a_killed_sweep_left_and_is_preempted(shared, tmp_path):
+    """Several cells to a job. The second sweep follows the first one's job and cancels what it leaves itself."""
+    words = ["engine=slurm", "engine.gres=null", "engine.cpus=1", "engine.memory_gb=2", "engine.poll=2", "engine.cells=3"]
+    with loop_slurm.Loop() as slurm:
+        with started(slurm.env, shared, out := tmp_path / "out", *words) as first:
+            until(lambda: running(slurm), 120)
+            first.kill()
+            first.wait()
+        (job,) = running(slurm)
+        with started(slurm.env, shared, out, *words) as second:
+            slurm.run("sbatch", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+            assert second.wait(400) == 0, said(out)
+        every_row_once(out)
+        jobs = slurm.run("sacct", "-X", "-n", "-P", "-o", "JobName,State").stdout.split()
+        assert jobs.count("bdx|COMPLETED") == 3  # two backdoors in one, then the defenses of each
+        assert "PREEMPTED" in slurm.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", job).stdout
+
+
+def ray_workers() -> list[int]:
+    """Processes in which a task of Ray runs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(b"ray::cell"):
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed (pip install 'bdx[ray]')")
+def test_ray_with_a_worker_killed_and_its_retries_used_up(shared, tmp_path):
+    words = ["engine=ray", "engine.retries=1"]
+    with started(dict(os.environ), shared, out := tmp_path / "out", *words) as sweep:
+        for _ in range(2):  # Ray starts it again by itself, then the sweep does
+            until(lambda: ray_workers() or sweep.poll() is not None, 120)
+            time.sleep(1)
+            os.kill(ray_workers()[0], signal.SIGKILL)
+            time.sleep(1)
+        assert sweep.wait(400) == 0, said(out)
+    every_row_once(out)
+    assert ray_workers() == []
