@@ -41,7 +41,8 @@ def value(key: str, text: str, kind):
     """The text as YAML reads it, if that is of this kind (a type, or several)."""
     kinds = get_args(kind) or (kind,)
     try:
-        read = text if str in kinds and text != "null" else yaml.safe_load(text)
+        plain = str in kinds or (int in kinds and not text.isdecimal())  # 2:00 would be 120
+        read = text if plain and text != "null" else yaml.safe_load(text)
     except yaml.YAMLError:
         read = text
     least = int(key.rpartition(".")[2] not in FROM_0)

@@ -30,7 +30,7 @@ AS_THEY_ARE = ("partition", "account", "qos", "gres", "setup")
 BUSY = ("contact slurm controller", "timed out", "temporarily", "try again", "slow down", "communication")  # it may pass
 LARGEST = 1000  # jobs of an array, by SLURM's default
 LOST = ("gone", "PENDING", "RUNNING", "REQUEUED")  # what accounting says of jobs that a controller had no time to save
-TIMES = 3  # a job may be lost
+TIMES = 3  # a job may be lost before it has started
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Engine(base.Engine):
                 continue
             del self.sent[id]
             state = self.called(sent.at)
-            if state in LOST and self.lost[id] < TIMES:
+            if state in LOST and not sent.started and self.lost[id] < TIMES:
                 self.lost[id] += 1
                 print(f"bdx: SLURM has lost job {sent.at}, which it calls {state}; it is queued again", file=sys.stderr)
                 self.queue.append(sent.job)
