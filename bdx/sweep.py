@@ -16,13 +16,10 @@ from statistics import median
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bdx import files, grid, results
+from bdx import engines, files, grid, results
 from bdx.comparison import printed_cells
 from bdx.composer import Composer
 from bdx.configure import compose
-from bdx.engines import engine
-from bdx.engines import help as engines
-from bdx.engines import options as options_of
 from bdx.engines.base import Engine, Job, Outcome
 from bdx.errors import UserError, nearest
 from bdx.forecast import estimate, spoken
@@ -104,6 +101,8 @@ def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> No
     for cell in missing:
         for lack in cell.lacks.split(", "):
             lacking[lack] += 1
+    if others := [p.name for p in results.foreign(plan.paths["results"])]:
+        say(f"results: {len(others)} files there are no rows: {', '.join(others[:5])}{' …' * (len(others) > 5)}", markup=False)
     if missing:
         say(f"missing: {len(missing)} cells, for want of {', '.join(f'{k} ({n})' for k, n in sorted(lacking.items()))}")
 
@@ -181,7 +180,7 @@ def follow(drive: Drive, console: Console) -> None:
 def sweep(argv: list[str]) -> int:
     """`bdx sweep NAME …`, as HELP says; without a name, what there is."""
     if {"-h", "--help"} & set(argv):
-        print(HELP + engines(), end="")
+        print(HELP + engines.help(), end="")
         return 0
     name, options, words = words_of(argv, ("--dry-run",))
     say = (console := Console(highlight=False, soft_wrap=True)).print
@@ -190,7 +189,7 @@ def sweep(argv: list[str]) -> int:
     if "logger=wandb" in words and not any(w.startswith("logger.group=") for w in words):
         words = [*words, f"logger.group={name}"]  # W&B shows the cells of a table together
     kind = options.get("engine", "local")
-    how = options_of(kind, [w for w in argv if w.startswith(("engine.", "slots="))])
+    how = engines.options(kind, [w for w in argv if w.startswith(("engine.", "slots="))])
     composer, started = Composer(), time.monotonic()
     table, scale = grid.load(name), grid.scale(options.get("scale", "paper"))
     found = plan(table, scale, words, composer, fetch=not (dry := "--dry-run" in argv))
@@ -199,9 +198,9 @@ def sweep(argv: list[str]) -> int:
     if dry or not todo:
         say(f"planned in {time.monotonic() - started:.1f} s; its rows: bdx table {name} scale={scale.name}")
         return 0
-    for place in ("store", "nets", "results"):
+    for place in ("nets", "results", *["store"] * any(not found.stored(c.backdoor) for c in todo)):
         files.writable(found.paths[place], f"paths.{place}, paths.out or BDX_OUT")
-    runner = engine(kind, **how, folder=found.paths["out"] / "sweep")
+    runner = engines.engine(kind, **how, folder=found.paths["out"] / "sweep")
     try:
         follow(drive := Drive(found, todo, runner), console)
     finally:

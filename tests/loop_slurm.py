@@ -143,7 +143,9 @@ class Loop:
 
     def daemon(self, name: str, *words: str) -> None:
         log = open(self.at / f"{name}.log", "ab")  # noqa: SIM115
-        self.processes[name] = subprocess.Popen([shutil.which(name), *words], env=self.env, stdout=log, stderr=log)
+        self.processes[name] = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", shutil.which(name), *words], env=self.env, stdout=log, stderr=log
+        )
 
     def run(self, *command: str) -> subprocess.CompletedProcess:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
