@@ -151,9 +151,9 @@ class Loop:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
 
     def __exit__(self, *_) -> None:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception, AssertionError):
             self.run("scancel", "--user=root")
-            time.sleep(1)
+            until(lambda: not self.run("squeue", "-h").stdout, 30)  # or else its slurmstepd would be left behind
         for process in reversed(self.processes.values()):
             process.terminate()
         for process in self.processes.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -33,7 +34,9 @@ class Engine(base.Engine):
         self.ray = base.package("ray", "ray")
         before = signal.getsignal(signal.SIGTERM)
         try:
-            self.ray.init(address, log_to_driver=False, include_dashboard=False if address is None else None)
+            self.ray.init(
+                address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False if address is None else None
+            )
         except (ConnectionError, RuntimeError, ValueError) as e:
             text = " ".join(str(e).split())[:300]
             raise UserError(f"engine.address={address}: no Ray can be reached there: {text}") from None
