@@ -18,7 +18,7 @@ from loop_slurm import until
 
 from bdx import results
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.slow]
 TABLE = "npd2023/table01"
 GRID = ["scale=smoke", "attack=badnets,blended", "defense=none,ft,fp"]
 

@@ -12,6 +12,7 @@ from bdx import grid, results, sweep
 from bdx.composer import Composer
 from bdx.errors import UserError
 
+pytestmark = pytest.mark.slow
 NAME = "npd2023/table01"
 ONE = ["scale=smoke", "attack=badnets", "defense=none"]
 

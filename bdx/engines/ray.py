@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+from functools import cache
 from pathlib import Path
 
 from bdx import worker
@@ -13,6 +14,8 @@ from bdx.composer import Composer
 from bdx.engines import base
 from bdx.engines.base import Job, Outcome
 from bdx.errors import UserError
+
+composer = cache(Composer)  # one in a process, which may run many cells
 
 
 def cell(words: tuple[str, ...], cwd: str, env: dict[str, str]) -> dict:
@@ -22,7 +25,7 @@ def cell(words: tuple[str, ...], cwd: str, env: dict[str, str]) -> dict:
     import bdx.run  # noqa: F401  not a part of the cell's own time
 
     started = time.monotonic()
-    return worker.cell(words, Composer()) | {"seconds": time.monotonic() - started}
+    return worker.cell(words, composer()) | {"seconds": time.monotonic() - started}
 
 
 class Engine(base.Engine):
