@@ -35,7 +35,7 @@ test-fast: $(STAMP)  ## without what trains for longer, at most 3 minutes
 
 test-engines: $(STAMP)  ## sweeps on a SLURM and a Ray of this machine's own, which it installs as root (apt-get, pip)
 	@.ci/engines $(BIN)/python
-	$(BIN)/python -m pytest -m engines tests/test_engines.py -rs
+	$(BIN)/python -m pytest -m engines -n 3 -rs tests/test_engines.py  # they wait more than they work
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ SlurmdPort={slurmd}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={at}/munge.sock,cred_expire=3
+AuthInfo=socket={at}/munge.sock,cred_expire=5
 StateSaveLocation={at}/state
 SlurmdSpoolDir={at}/spool
 SlurmctldPidFile={at}/slurmctld.pid
@@ -149,6 +149,12 @@ class Loop:
 
     def run(self, *command: str) -> subprocess.CompletedProcess:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+
+    def hurry(self, job: str) -> None:
+        """Start a job that is queued again now, not in two minutes."""
+        until(lambda: self.run("squeue", "-h", "-j", job, "-o", "%T").stdout.strip() == "PENDING")
+        time.sleep(6)  # until what its first start was allowed by has expired
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def __exit__(self, *_) -> None:
         with contextlib.suppress(Exception, AssertionError):

@@ -29,8 +29,8 @@ SBATCH = {"minutes": "time", "cpus": "cpus_per_task", "slots": "array_parallelis
 AS_THEY_ARE = ("partition", "account", "qos", "gres", "setup")
 BUSY = ("contact slurm controller", "timed out", "temporarily", "try again", "slow down", "communication")  # it may pass
 LARGEST = 1000  # jobs of an array, by SLURM's default
-LOST = ("gone", "PENDING", "RUNNING", "REQUEUED")  # what accounting says of jobs that a controller had no time to save
-TIMES = 3  # a job may be lost before it has started
+UNENDED = ("PENDING", "RUNNING", "REQUEUED")  # what accounting says of jobs that a killed controller had not saved yet
+TIMES = 3  # a cell's job may be lost
 
 
 @dataclass
@@ -145,17 +145,17 @@ class Engine(base.Engine):
         return found
 
     def look(self) -> list[Outcome]:
-        """The jobs that two looks in a row have not found in the queue, and that have not said how they ended."""
+        """The jobs that three looks in a row have not found in the queue, and that have not said how they ended."""
         if (there := self.answer()) is None:
             return []
         found = []
         for id, sent in list(self.sent.items()):
             sent.missed = 0 if sent.at in there else sent.missed + 1
-            if sent.missed < 2 or read(self.folder / f"{id}.json").get("state") in STATES:
+            if sent.missed < 3 or read(self.folder / f"{id}.json").get("state") in STATES:
                 continue
             del self.sent[id]
             state = self.called(sent.at)
-            if state in LOST and not sent.started and self.lost[id] < TIMES:
+            if (state in UNENDED or (state == "gone" and not sent.started)) and self.lost[id] < TIMES:
                 self.lost[id] += 1
                 print(f"bdx: SLURM has lost job {sent.at}, which it calls {state}; it is queued again", file=sys.stderr)
                 self.queue.append(sent.job)
