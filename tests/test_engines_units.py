@@ -163,7 +163,7 @@ def test_what_a_job_says_is_its_outcome_and_one_that_leaves_without_a_word_is_de
     says(cluster, "r0", state="done", reason="", seconds=3.0, busy=2.0)
     (outcome,) = runner.wait(0)
     assert (outcome.job.id, outcome.state, outcome.seconds, outcome.busy) == ("r0", "done", 3.0, 2.0)
-    (cluster.home / "queue").write_text("7_2\n")
+    (cluster.home / "queue").write_text("7_1|launch failed requeued held\n7_2|Resources\n")
     assert [runner.wait(0) for _ in range(2)] == [[], []]  # two looks are not enough: it may be on its way to another state
     (dead,) = runner.wait(0)
     assert (dead.job.id, dead.state, "SLURM job 7_1 is CANCELLED by 7" in dead.reason) == ("r1", "died", True)

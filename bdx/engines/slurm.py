@@ -158,6 +158,7 @@ class Engine(base.Engine):
             if (state in UNENDED or (state == "gone" and not sent.started)) and self.lost[id] < TIMES:
                 self.lost[id] += 1
                 print(f"bdx: SLURM has lost job {sent.at}, which it calls {state}; it is queued again", file=sys.stderr)
+                subprocess.run(["scancel", sent.at], capture_output=True)
                 self.queue.append(sent.job)
             else:
                 found.append(Outcome(sent.job, "died", f"SLURM job {sent.at} is {state}; see {self.folder}"))
@@ -167,12 +168,13 @@ class Engine(base.Engine):
         """The ids of the user's jobs in the queue; None, and why, where SLURM does not answer."""
         self.looked = time.monotonic()
         try:
-            asked = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i"], capture_output=True, text=True, timeout=60)
+            asked = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i|%r"], capture_output=True, text=True, timeout=60)
         except subprocess.TimeoutExpired:
             self.why = "squeue took more than a minute"
             return None
         self.why = (asked.stderr.strip() or "squeue fails").splitlines()[-1] if asked.returncode else ""
-        return None if self.why else set(asked.stdout.split())
+        pairs = (line.partition("|") for line in asked.stdout.splitlines())
+        return None if self.why else {id for id, _, why in pairs if "requeued held" not in why}  # such never start again
 
     def answer(self) -> set[str] | None:
         """The same; the user is told when SLURM falls silent."""
