@@ -166,8 +166,10 @@ def follow(drive: Drive, console: Console) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         while drive.left:
-            ended, done = drive.step(0.5), total - drive.left
+            ended = drive.step(0.5)
+            done = total - drive.left - len(ended)
             for o in (*drive.again, *ended):
+                done += o in ended
                 why = f"{': ' * bool(o.reason)}{o.reason}{'; it is tried again' * (o in drive.again)}"
                 at = " ".join(f"{k}={v}" for k, v in drive.cells[o.job.id].at.items())
                 bar.console.print(f"[{done}/{total}] {o.state} in {spoken(o.seconds)}  {at}{why}", soft_wrap=True, markup=False)
