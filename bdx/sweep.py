@@ -200,7 +200,7 @@ def sweep(argv: list[str]) -> int:
     if dry or not todo:
         say(f"planned in {time.monotonic() - started:.1f} s; its rows: bdx table {name} scale={scale.name}")
         return 0
-    for place in ("nets", "results", *["store"] * any(not found.stored(c.backdoor) for c in todo)):
+    for place in (*["store"] * any(not found.stored(c.backdoor) for c in todo), "nets", "results"):
         files.writable(found.paths[place], f"paths.{place}, paths.out or BDX_OUT")
     runner = engines.engine(kind, **how, folder=found.paths["out"] / "sweep")
     try:
