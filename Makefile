@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint sweep table report readme bench clean
+.PHONY: help setup demo test test-fast test-engines lint sweep table report readme bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,10 @@ test: $(STAMP)  ## the whole suite, at most 12 minutes on 2 cores
 
 test-fast: $(STAMP)  ## without what trains for longer, at most 3 minutes
 	$(BIN)/python -m pytest $(SPREAD) -m 'not slow'
+
+test-engines: $(STAMP)  ## sweeps on a SLURM and a Ray of this machine's own, which it installs as root (apt-get, pip)
+	@.ci/engines $(BIN)/python
+	$(BIN)/python -m pytest -m engines -n 3 -rs tests/test_engines.py  # they wait more than they work
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ HELP = """bdx: train backdoored image classifiers, repair them, and measure how 
   bdx attack=NAME defense=NAME [dataset=NAME arch=NAME train=NAME] [key=value …]   one cell of a table
   bdx experiment=demo              a preset: a whole cell in a minute, nothing to download
   bdx -m attack=badnets,blended defense=ft,npd seed=0,1,2                          a grid, by Hydra's multirun
-  bdx sweep PAPER/TABLE [scale=smoke|cpu|paper] [--dry-run]                        a paper's table; without a name, all
+  bdx sweep PAPER/TABLE [scale=smoke|cpu|paper] [engine=local|slurm|ray] [--dry-run]   a paper's table; `bdx sweep --help`
   bdx table PAPER/TABLE [scale=…] [--format md|csv|tex|html]                       its rows beside the printed numbers
   bdx report PAPER/TABLE [scale=…] [logger=wandb] [--figures]                      the same with plots as one HTML page
   bdx dashboard PAPER/TABLE [scale=…] [logger.project=…]                           its runs as a W&B report

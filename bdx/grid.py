@@ -24,6 +24,7 @@ from bdx.configure import HERE, options, parse, summary
 from bdx.errors import UserError, nearest
 
 EXPERIMENTS = next(p for p in (HERE / "experiments", HERE.parent / "experiments") if p.is_dir())
+BESIDE = ("scale", "engine")  # folders in there that hold no tables
 KEYS = {"defaults", "claim", "average", "words", "hydra", "printed", "only_printed", "figure"}
 CLAIM = {"says", "metric", "of", "above", "below"}
 AVERAGES = ("of_averages", "of_rows")
@@ -75,7 +76,7 @@ class Cell:
 
 
 def experiments(root: Path = EXPERIMENTS) -> list[str]:
-    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml") if p.parent.name != "scale")
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.glob("*/*.yaml") if p.parent.name not in BESIDE)
 
 
 def tables(root: Path = EXPERIMENTS) -> list[str]:

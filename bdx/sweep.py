@@ -9,94 +9,34 @@ import shlex
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bdx import files, grid, results
-from bdx.comparison import printed_cells
+from bdx import engines, files, grid, results
 from bdx.composer import Composer
-from bdx.configure import compose
-from bdx.engines import engine
 from bdx.engines.base import Engine, Job, Outcome
 from bdx.errors import UserError, nearest
-from bdx.forecast import estimate, spoken
+from bdx.forecast import spoken
 from bdx.grid import Cell
+from bdx.plan import Plan, overview, plan, show
 
 OPTIONS = ("scale", "engine", "slots")
+HELP = """bdx sweep: run what is missing of a paper's table
+
+  bdx sweep                                      the tables, and how many of their cells can run
+  bdx sweep PAPER/TABLE [scale=smoke|cpu|paper] [engine=local|slurm|ray] [engine.KEY=VALUE …] [key=value …] [--dry-run]
+
+  --dry-run   show the plan and run nothing
+  slots=N     is engine.slots=N
+  key=value   goes to every cell; a list narrows or widens the grid: attack=badnets,blended seed=0,1,2
+
+The row files are the truth: the same command again goes on where it was stopped. Engines, and their options with defaults:
+
+"""
 AGAIN = ("memory", "died")  # outcomes after which a cell is tried once more, alone
-
-
-@dataclass(frozen=True)
-class Plan:
-    """cells: of the table, with ids. paths: where rows, weights and images lie."""
-
-    cells: list[Cell]
-    paths: dict[str, Path]
-
-    @property
-    def runnable(self) -> list[Cell]:
-        """Each run once, though it may stand in several cells."""
-        return list({c.run or c.words: c for c in self.cells if not c.lacks}.values())
-
-    @property
-    def todo(self) -> list[Cell]:
-        return [c for c in self.runnable if c.run is None or not results.find(self.paths["results"], c.run)]
-
-    def stored(self, backdoor: str | None) -> bool:
-        return backdoor is not None and (self.paths["store"] / backdoor / "meta.json").exists()
-
-
-def plan(table: grid.Table, scale: grid.Scale, words: list[str], composer: Composer, *, fetch: bool) -> Plan:
-    """fetch: make or download the images where they are not there; else such cells stay without ids."""
-    found = grid.cells(table, scale, words, composer)
-    if table.only_printed and table.rows:
-        found = printed_cells(table, found)
-    first = next((c for c in found if not c.lacks), None)
-    if first is None:
-        for cell in (c for c in found if "no such key" in c.lacks):
-            compose(list(cell.words))  # says it better
-        raise UserError(f"{table.name}: no cell can run, for want of {'; '.join(sorted({c.lacks for c in found})[:8])}")
-    paths = {k: Path(v).expanduser() for k, v in compose(list(first.words)).paths.items()}  # all words are checked here
-    return Plan([identified(c, composer, paths["data"], fetch) for c in found], paths)
-
-
-def identified(cell: Cell, composer: Composer, data: Path, fetch: bool) -> Cell:
-    if cell.lacks:
-        return cell
-    name = composer.plain(cell.words)["dataset"]["name"]
-    if not fetch and not any(data.glob(f"{name}*.safetensors")):
-        return cell
-    run, backdoor = grid.ids(cell.words, composer)
-    return replace(cell, run=run, backdoor=backdoor)
-
-
-def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> None:
-    """The plan, in a few lines."""
-    runnable, missing = plan.runnable, [c for c in plan.cells if c.lacks]
-    say(f"{name}: {len(plan.cells)} cells, {len(runnable)} can run, {len(runnable) - len(todo)} done, {len(todo)} to do")
-    wanted = {c.backdoor for c in runnable}
-    new = {c.backdoor for c in todo if not plan.stored(c.backdoor)}
-    say(f"backdoors: {len(wanted)}, of which {len(new)} are still to be trained")
-    if todo:
-        seconds = estimate(todo, plan.paths["results"], plan.stored, composer)
-        say(f"time: {'no earlier row tells' if seconds is None else f'about {spoken(seconds)} of one slot, by earlier rows'}")
-    if any(c.run is None for c in runnable):
-        say("images: not there yet, so nothing of this can be done; they are made or downloaded by the sweep itself")
-    if missing:
-        say(f"missing: {len(missing)} cells, for want of {wanting(missing)}")
-
-
-def wanting(missing: list[Cell]) -> str:
-    """What bdx lacks, by name, and in how many cells."""
-    lacking = defaultdict(int)
-    for cell in missing:
-        for lack in cell.lacks.split(", "):
-            lacking[lack] += 1
-    return ", ".join(f"{k} ({n})" for k, n in sorted(lacking.items()))
 
 
 class Drive:
@@ -107,6 +47,7 @@ class Drive:
         self.cells = {c.run: c for c in todo}
         self.failed: dict[str, Outcome] = {}
         self.finished: list[Outcome] = []
+        self.again: list[Outcome] = []
         self.leads: dict[str, int] = defaultdict(int)
         self.waiting: dict[str, list[Cell]] = defaultdict(list)
         for cell in sorted(todo, key=lambda c: c.at.get("defense") != "none"):  # an undefended cell is a backdoor, no more
@@ -139,6 +80,7 @@ class Drive:
                 outcome = replace(outcome, state="failed", reason="it ended well but left no row")
             if outcome.state in AGAIN and not job.alone:
                 self.engine.submit(replace(job, alone=True))
+                self.again.append(outcome)
                 continue
             if outcome.state == "done":
                 self.finished.append(outcome)
@@ -156,24 +98,32 @@ def follow(drive: Drive, console: Console) -> None:
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
         while drive.left:
-            for o in drive.step(0.5):
-                why, done = f": {o.reason}" if o.reason else "", total - drive.left
+            ended = drive.step(0.5)
+            done = total - drive.left - len(ended)
+            for o in (*drive.again, *ended):
+                done += o in ended
+                why = f"{': ' * bool(o.reason)}{o.reason}{'; it is tried again' * (o in drive.again)}"
                 at = " ".join(f"{k}={v}" for k, v in drive.cells[o.job.id].at.items())
                 bar.console.print(f"[{done}/{total}] {o.state} in {spoken(o.seconds)}  {at}{why}", soft_wrap=True, markup=False)
-            done = total - drive.left
+            drive.again.clear()
             eta = f", about {spoken((time.monotonic() - started) / done * drive.left)} left" if done else ""
             text = f"{len(drive.engine.running())} running, {len(drive.failed)} failed{eta}"
             bar.update(task, completed=done, description=text)
 
 
 def sweep(argv: list[str]) -> int:
-    """`bdx sweep NAME [scale=…] [engine=local] [slots=N] [key=value …] [--dry-run]`; without a name, what there is."""
+    """`bdx sweep NAME …`, as HELP says; without a name, what there is."""
+    if {"-h", "--help"} & set(argv):
+        print(HELP + engines.help(), end="")
+        return 0
     name, options, words = words_of(argv, ("--dry-run",))
     say = (console := Console(highlight=False, soft_wrap=True)).print
     if name is None:
         return overview(options.get("scale", "cpu"), say)
     if "logger=wandb" in words and not any(w.startswith("logger.group=") for w in words):
         words = [*words, f"logger.group={name}"]  # W&B shows the cells of a table together
+    kind = options.get("engine", "local")
+    how = engines.options(kind, [w for w in argv if w.startswith(("engine.", "slots="))])
     composer, started = Composer(), time.monotonic()
     table, scale = grid.load(name), grid.scale(options.get("scale", "paper"))
     found = plan(table, scale, words, composer, fetch=not (dry := "--dry-run" in argv))
@@ -182,10 +132,9 @@ def sweep(argv: list[str]) -> int:
     if dry or not todo:
         say(f"planned in {time.monotonic() - started:.1f} s; its rows: bdx table {name} scale={scale.name}")
         return 0
-    for place in ("store", "nets", "results"):
+    for place in (*["store"] * any(not found.stored(c.backdoor) for c in todo), "nets", "results"):
         files.writable(found.paths[place], f"paths.{place}, paths.out or BDX_OUT")
-    slots, kind = int(options.get("slots", 0)), options.get("engine", "local")
-    runner = engine(kind, slots=slots or None, folder=found.paths["out"] / "sweep")
+    runner = engines.engine(kind, **how, folder=found.paths["out"] / "sweep")
     try:
         follow(drive := Drive(found, todo, runner), console)
     finally:
@@ -215,22 +164,5 @@ def words_of(argv: Iterable[str], flags: tuple[str, ...]) -> tuple[str | None, d
     if len(names) > 1:
         raise UserError(f"{names[1]}: expected one table, and {names[0]} is there already")
     options = {k: v for k, _, v in (w.partition("=") for w in words) if k in OPTIONS}
-    if not (slots := options.get("slots", "1")).isdecimal() or slots == "0":
-        raise UserError(f"slots={slots}: expected a whole number from 1")
-    return names[0] if names else None, options, [w for w in words if w.partition("=")[0] not in OPTIONS]
-
-
-def overview(scale: str, say) -> int:
-    """Every table and figure, with the cells that can run, and what the others lack."""
-    composer, total = Composer(), [0, 0]
-    for name in (have := grid.experiments()):
-        table = grid.load(name)
-        found = grid.cells(table, grid.scale(scale), [], composer)
-        found = printed_cells(table, found) if table.only_printed and table.rows else found
-        missing = [c for c in found if c.lacks]
-        counted = len(found) - len(missing), len(found)
-        total = [a + b for a, b in zip(total, counted, strict=True)]
-        lacks = f"  (missing: {wanting(missing)})" if missing else ""
-        say(f"{name:<18} {counted[0]:>3} of {counted[1]:>3} cells can run  {table.title}{lacks}", markup=False)
-    say(f"{len(have)} experiments at scale={scale}: {total[0]} of {total[1]} cells can run, {total[1] - total[0]} are missing")
-    return 0
+    left = [w for w in words if w.partition("=")[0] not in OPTIONS and not w.startswith("engine.")]
+    return names[0] if names else None, options, left

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from torch import Tensor, nn
 
 from bdx.adversarial import Budget
 from bdx.augment import augmentation
 from bdx.errors import UserError
 from bdx.split import pixels
-from bdx.surgery import batchnorms, mode, unmoved
+from bdx.surgery import mode
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its adverts and hardware lines at every fit
-warnings.filterwarnings("ignore", module="pytorch_lightning")
+warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -102,28 +103,6 @@ def optimizers(params, optimizer: Callable, schedule: Callable | None, every: st
         raise UserError(f"every={every}: a schedule is stepped every epoch or every step")
     plan = schedule(opt, total_steps=total_steps) if every == "step" else schedule(opt)
     return {"optimizer": opt, "lr_scheduler": {"scheduler": plan, "interval": every}}
-
-
-def sharpness_aware(net: nn.Module, closure: Callable, rho: float, adaptive: bool):
-    """A closure that leaves the gradients of the worst nearby weights (SAM, Foret et al. 2021; adaptive: ASAM, Kwon et
-    al. 2021): those at w + e, e = ρ g/‖g‖, or e = ρ w²g/‖|w|g‖. BatchNorm's statistics move in the first pass alone."""
-
-    def twice():
-        closure()
-        with torch.no_grad():
-            params = [p for p in net.parameters() if p.grad is not None]
-            scaled = [p.grad * p.abs() if adaptive else p.grad for p in params]
-            length = rho / torch.stack([s.norm() for s in scaled]).norm().clamp_min(1e-12)
-            moves = [length * s * p.abs() if adaptive else length * s for s, p in zip(scaled, params, strict=True)]
-            before = [p.clone() for p in params]
-            torch._foreach_add_(params, moves)
-        with unmoved(batchnorms(net)):
-            result = closure()
-        with torch.no_grad():
-            torch._foreach_copy_(params, before)  # to the bit, which subtracting would not give
-        return result
-
-    return twice
 
 
 @contextmanager
@@ -240,6 +219,7 @@ def make_trainer(
         callbacks=[Watch(stage, seed=seed, report=report, checkpoint=checkpoint, since=since)],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         inference_mode=False, num_sanity_val_steps=0, gradient_clip_val=None,
+        plugins=[LightningEnvironment()],  # in a SLURM job it would take the signals and checkpoints for its own
     )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ PACKAGE = ROOT / "bdx"
 # floor 0 stands in one line: a file may use those before it
 LINE = (
     "errors", "files", "split", "picture", "draws", "augment", "corruptions", "metrics", "polarizers", "conditioned", "decoder",
-    "surgery", "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build", "recipe",
-    "imagefile", "store", "results", "configure", "agreement", "layout", "page", "composer", "grid",
+    "surgery", "sharpness", "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build",
+    "recipe", "imagefile", "store", "results", "configure", "agreement", "layout", "page", "composer", "grid",
 )  # fmt: skip
 FLOORS = (
     set(LINE),
@@ -30,7 +30,9 @@ FLOORS = (
     {"evaluate", "tracking", "screen", "comparison"},
     {"backdoor", "oracle", "tables", "charts"},
     {"run", "info", "data", "forecast", "figures", "readme"},
-    {"engines", "triggers", "detection", "plates"},
+    {"worker"},
+    {"shift"},
+    {"engines", "triggers", "detection", "plates", "plan"},
     {"sweep", "multirun", "detect", "report"},
     {"dashboard"},
     {"cli"},

@@ -9,7 +9,7 @@ from conftest import build_attack
 from bdx.attacks.base import Attack
 from bdx.errors import UserError
 from bdx.evaluate import Seen, flagged
-from bdx.training import sharpness_aware
+from bdx.sharpness import sharpness_aware
 
 
 @pytest.mark.parametrize("adaptive", [True, False])

@@ -14,8 +14,9 @@ from bdx.adversarial import hardened
 from bdx.datasets.base import Augment, Batches, ImageData
 from bdx.errors import UserError
 from bdx.picture import picture
+from bdx.sharpness import sharpness_aware
 from bdx.split import Split
-from bdx.training import Recipe, blamed, optimizers, sharpness_aware
+from bdx.training import Recipe, blamed, optimizers
 
 
 class Attack(pl.LightningModule):

@@ -12,7 +12,7 @@ from torch import nn
 
 from bdx.defenses.base import Tuning
 from bdx.errors import UserError, one_of
-from bdx.training import sharpness_aware
+from bdx.sharpness import sharpness_aware
 
 
 class FTSAM(Tuning):

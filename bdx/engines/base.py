@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 
-STATES = ("done", "refused", "failed", "memory", "died")
+from bdx.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,15 @@ class Outcome:
     reason: str = ""
     seconds: float = 0.0
     busy: float = 0.0
+
+
+def package(name: str, engine: str) -> ModuleType:
+    """Import what an engine is built on."""
+    try:
+        return import_module(name)
+    except ImportError as e:
+        hint = f"pip install 'bdx[{engine}]', in a checkout pip install -e '.[{engine}]'"
+        raise UserError(f"engine={engine} needs the package {name}, which cannot be imported ({e}): {hint}") from None
 
 
 class Engine(ABC):

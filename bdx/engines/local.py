@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import queue
 import shutil
 import subprocess
-import sys
-import threading
 import time
 from collections import deque
 from pathlib import Path
 
 from bdx.engines import base
 from bdx.engines.base import Job, Outcome
-
-GRACE = 20.0  # seconds in which an interrupted run may write its checkpoint
+from bdx.worker import Worker, died, end
 
 
 def devices() -> list[str]:
@@ -28,34 +23,6 @@ def devices() -> list[str]:
         return [""]
     asked = subprocess.run(["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True)
     return asked.stdout.split() or [""]
-
-
-class Worker:
-    """One process. It answers through `answers`, as (worker, message); a message of None: the process has ended."""
-
-    def __init__(self, device: str, threads: int, log: Path, answers: queue.Queue):
-        self.job: Job | None = None
-        self.started = 0.0
-        env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
-        env.setdefault("OMP_NUM_THREADS", str(threads))
-        self.device = device
-        with open(log, "ab") as f:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "bdx.engines.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=f,
-                text=True, bufsize=1, env=env, start_new_session=True,  # Ctrl-C is the sweep's to pass on
-            )  # fmt: skip
-        threading.Thread(target=self.hear, args=(answers,), daemon=True).start()
-
-    def hear(self, answers: queue.Queue) -> None:
-        for line in self.process.stdout:
-            answers.put((self, json.loads(line)))
-        self.process.wait()
-        answers.put((self, None))
-
-    def start(self, job: Job) -> None:
-        self.job, self.started = job, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it died meanwhile; `hear` says so
-            print(json.dumps(job.words), file=self.process.stdin)
 
 
 class Engine(base.Engine):
@@ -126,19 +93,9 @@ class Engine(base.Engine):
             return None
         seconds = time.monotonic() - worker.started
         if said is None:
-            code = worker.process.returncode
-            why = f"its process ended with code {code}" + (" (killed: out of memory?)" if code == -9 else "")
-            return Outcome(job, "died", f"{why}; see {self.folder}", seconds)
+            return Outcome(job, "died", died(worker, self.folder), seconds)
         return Outcome(job, said["state"], said["reason"], seconds, said["busy"])
 
     def close(self) -> None:
-        for worker in self.workers:
-            worker.process.terminate()
-        until = time.monotonic() + GRACE
-        for worker in self.workers:
-            try:
-                worker.process.wait(max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
+        end(self.workers)
         self.workers, self.queue = [], deque()

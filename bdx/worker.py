@@ -1,4 +1,4 @@
-"""A worker of the local engine: imports everything once, then runs one cell after another.
+"""A worker: a process that imports everything once, then runs one cell after another; and the handle an engine has on it.
 
 stdin: one JSON list of words per line. stdout: one JSON object per line, first {"ready": …}, then an outcome per cell. All
 that a run prints goes to stderr, which the engine points at a log file. A closed stdin (the sweep is gone) stops the run.
@@ -6,10 +6,12 @@ that a run prints goes to stderr, which the engine points at a log file. A close
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -22,13 +24,69 @@ from bdx.composer import Composer
 from bdx.errors import UserError
 from bdx.files import of_a_file, reason
 
+COMMAND = [sys.executable, "-m", "bdx.worker"]
+STATES = ("done", "refused", "failed", "memory", "died")  # how a cell may end: see engines/base.py
+GRACE = 20.0  # seconds in which an interrupted run may write its checkpoint
+INTERRUPTED = (130, -signal.SIGTERM, -signal.SIGUSR2)  # how a process ends that was told to
+told: list[int] = []
+
+
+class Worker:
+    """One process. It answers through `answers`, as (worker, message); a message of None: the process has ended."""
+
+    def __init__(self, device: str, threads: int, log: Path, answers: queue.Queue):
+        self.job = None  # of base.Job
+        self.started = 0.0
+        env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
+        env.setdefault("OMP_NUM_THREADS", str(threads))
+        self.device = device
+        with open(log, "ab") as f:
+            self.process = subprocess.Popen(
+                COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=f,
+                text=True, bufsize=1, env=env, start_new_session=True,  # Ctrl-C is the sweep's to pass on
+            )  # fmt: skip
+        threading.Thread(target=self.hear, args=(answers,), daemon=True).start()
+
+    def hear(self, answers: queue.Queue) -> None:
+        for line in self.process.stdout:
+            answers.put((self, json.loads(line)))
+        self.process.wait()
+        answers.put((self, None))
+
+    def start(self, job) -> None:
+        self.job, self.started = job, time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it died meanwhile; `hear` says so
+            print(json.dumps(job.words), file=self.process.stdin)
+
+
+def end(workers: list[Worker]) -> None:
+    """Interrupt them all; kill those that take too long over it."""
+    for worker in workers:
+        worker.process.terminate()
+    until = time.monotonic() + GRACE
+    for worker in workers:
+        try:
+            worker.process.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            worker.process.wait()
+
+
+def died(worker: Worker, log: Path) -> str:
+    """Why, in one line, of a worker whose process has ended."""
+    code = worker.process.returncode
+    return f"its process ended with code {code}{' (killed: out of memory?)' if code == -9 else ''}; see {log}"
+
 
 def one_line(e: BaseException) -> str:
     return " ".join(f"{type(e).__name__}: {e}".split())[:400]
 
 
 def interrupted(number, frame):
-    raise KeyboardInterrupt
+    """Once: SLURM signals a whole job, and what starts here is told a second time by its own engine."""
+    if not told:
+        told.append(number)
+        raise KeyboardInterrupt
 
 
 def listen(jobs: queue.Queue) -> None:

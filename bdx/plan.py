@@ -1,0 +1,102 @@
+"""plan: what a table's cells are, which of them have a row, what the others lack, how long it will take. No torch in here."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bdx import grid, results
+from bdx.comparison import printed_cells
+from bdx.composer import Composer
+from bdx.configure import compose
+from bdx.errors import UserError
+from bdx.forecast import estimate, spoken
+from bdx.grid import Cell
+
+
+@dataclass(frozen=True)
+class Plan:
+    """cells: of the table, with ids. paths: where rows, weights and images lie."""
+
+    cells: list[Cell]
+    paths: dict[str, Path]
+
+    @property
+    def runnable(self) -> list[Cell]:
+        """Each run once, though it may stand in several cells."""
+        return list({c.run or c.words: c for c in self.cells if not c.lacks}.values())
+
+    @property
+    def todo(self) -> list[Cell]:
+        return [c for c in self.runnable if c.run is None or not results.find(self.paths["results"], c.run)]
+
+    def stored(self, backdoor: str | None) -> bool:
+        return backdoor is not None and (self.paths["store"] / backdoor / "meta.json").exists()
+
+
+def plan(table: grid.Table, scale: grid.Scale, words: list[str], composer: Composer, *, fetch: bool) -> Plan:
+    """fetch: make or download the images where they are not there; else such cells stay without ids."""
+    found = grid.cells(table, scale, words, composer)
+    if table.only_printed and table.rows:
+        found = printed_cells(table, found)
+    first = next((c for c in found if not c.lacks), None)
+    if first is None:
+        for cell in (c for c in found if "no such key" in c.lacks):
+            compose(list(cell.words))  # says it better
+        raise UserError(f"{table.name}: no cell can run, for want of {'; '.join(sorted({c.lacks for c in found})[:8])}")
+    paths = {k: Path(v).expanduser() for k, v in compose(list(first.words)).paths.items()}  # all words are checked here
+    return Plan([identified(c, composer, paths["data"], fetch) for c in found], paths)
+
+
+def identified(cell: Cell, composer: Composer, data: Path, fetch: bool) -> Cell:
+    if cell.lacks:
+        return cell
+    name = composer.plain(cell.words)["dataset"]["name"]
+    if not fetch and not any(data.glob(f"{name}*.safetensors")):
+        return cell
+    run, backdoor = grid.ids(cell.words, composer)
+    return replace(cell, run=run, backdoor=backdoor)
+
+
+def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> None:
+    """The plan, in a few lines."""
+    runnable, missing = plan.runnable, [c for c in plan.cells if c.lacks]
+    say(f"{name}: {len(plan.cells)} cells, {len(runnable)} can run, {len(runnable) - len(todo)} done, {len(todo)} to do")
+    wanted = {c.backdoor for c in runnable}
+    new = {c.backdoor for c in todo if not plan.stored(c.backdoor)}
+    say(f"backdoors: {len(wanted)}, of which {len(new)} are still to be trained")
+    if todo:
+        seconds = estimate(todo, plan.paths["results"], plan.stored, composer)
+        say(f"time: {'no earlier row tells' if seconds is None else f'about {spoken(seconds)} of one slot, by earlier rows'}")
+    if any(c.run is None for c in runnable):
+        say("images: not there yet, so nothing of this can be done; they are made or downloaded by the sweep itself")
+    if missing:
+        say(f"missing: {len(missing)} cells, for want of {wanting(missing)}")
+    if others := [p.name for p in results.foreign(plan.paths["results"])]:
+        say(f"results: {len(others)} files there are no rows: {', '.join(others[:5])}{' …' * (len(others) > 5)}", markup=False)
+
+
+def wanting(missing: list[Cell]) -> str:
+    """What bdx lacks, by name, and in how many cells."""
+    lacking = defaultdict(int)
+    for cell in missing:
+        for lack in cell.lacks.split(", "):
+            lacking[lack] += 1
+    return ", ".join(f"{k} ({n})" for k, n in sorted(lacking.items()))
+
+
+def overview(scale: str, say) -> int:
+    """Every table and figure, with the cells that can run, and what the others lack."""
+    composer, total = Composer(), [0, 0]
+    for name in (have := grid.experiments()):
+        table = grid.load(name)
+        found = grid.cells(table, grid.scale(scale), [], composer)
+        found = printed_cells(table, found) if table.only_printed and table.rows else found
+        missing = [c for c in found if c.lacks]
+        counted = len(found) - len(missing), len(found)
+        total = [a + b for a, b in zip(total, counted, strict=True)]
+        lacks = f"  (missing: {wanting(missing)})" if missing else ""
+        say(f"{name:<18} {counted[0]:>3} of {counted[1]:>3} cells can run  {table.title}{lacks}", markup=False)
+    say(f"{len(have)} experiments at scale={scale}: {total[0]} of {total[1]} cells can run, {total[1] - total[0]} are missing")
+    return 0
