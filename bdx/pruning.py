@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -156,24 +156,22 @@ class Rule:
     def needs(self) -> frozenset[str]:
         return frozenset({"clean"} if self.select == "accuracy" else ())
 
-    def prune(self, net: nn.Module, prune: Callable[[nn.Module, float], None], grid: list[float], data) -> Curve:
-        """prune(net, threshold) prunes in place. `net` is left as the rule says; where even the first threshold costs
-        too much, as it was. Returns the thresholds that were looked at."""
+    def prune(self, net: nn.Module, prune: Callable, grid: list[float], data, at: str | None = None) -> Curve:
+        """prune(net, threshold) prunes in place, nothing that runs before the module `at` (null: anything). `net` is left
+        as the rule says; where even the first threshold costs too much, as it was. Returns the thresholds looked at."""
         state = {k: v.clone() for k, v in net.state_dict().items()}
         if self.select == "fixed":
             prune(net, self.threshold)
             return Curve([], [], self.threshold, Replay(state, prune, sorted({*grid, self.threshold}), self.threshold))
-        before, chosen, seen = accuracy(net, data.clean), None, {}
-        for threshold in grid:
-            prune(net, threshold)
-            seen[threshold] = accuracy(net, data.clean)
-            net.load_state_dict(state)
+        replay, before, chosen, seen = Replay(state, prune, grid, None), accuracy(net, data.clean), None, {}
+        for threshold, seen[threshold] in replay.behind(net, at, data.clean) if at else replay.one_by_one(net, data.clean):
             if seen[threshold] < before - self.max_drop - 1e-9:
                 break
             chosen = threshold
+        net.load_state_dict(state)
         if chosen is not None:
             prune(net, chosen)
-        return Curve(list(seen), list(seen.values()), chosen, Replay(state, prune, grid, chosen))
+        return Curve(list(seen), list(seen.values()), chosen, replace(replay, chosen=chosen))
 
 
 @dataclass(frozen=True)
@@ -185,13 +183,33 @@ class Replay:
     grid: list[float]
     chosen: float | None
 
-    def nets(self, net: nn.Module) -> Iterator[tuple[float, nn.Module]]:
-        """(threshold, the net pruned there), one copy of `net` for all of them."""
-        net = copy.deepcopy(net)
+    def at(self, net: nn.Module) -> Iterator[float]:
+        """The thresholds, `net` being pruned at each in turn."""
         for threshold in self.grid:
             net.load_state_dict(self.state)
             self.prune(net, threshold)
+            yield threshold
+
+    def nets(self, net: nn.Module) -> Iterator[tuple[float, nn.Module]]:
+        """(threshold, the net pruned there), one copy of `net` for all of them."""
+        net = copy.deepcopy(net)
+        for threshold in self.at(net):
             yield threshold, net
+
+    def one_by_one(self, net: nn.Module, split: Split) -> Iterator[tuple[float, float]]:
+        """(threshold, accuracy), each as it is asked for."""
+        for threshold in self.at(net):
+            yield threshold, accuracy(net, split)
+
+    @torch.no_grad()
+    def behind(self, net: nn.Module, module: str, split: Split, size: int = 1000) -> list[tuple[float, float]]:
+        """The same for all, where nothing that runs before `module` is pruned: that runs once."""
+        right, whole = torch.zeros(len(self.grid), dtype=torch.long, device=split.x.device), nn.Sequential(net)
+        with surgery.mode(net, False):
+            for x, y in zip(split.x.split(size), split.y.split(size), strict=True):
+                with surgery.shared_prefix(whole, f"0.{module}"):
+                    right += torch.stack([(whole(pixels(x)).argmax(1) == y).sum() for _ in self.at(net)])
+        return [(threshold, n / len(split)) for threshold, n in zip(self.grid, right.tolist(), strict=True)]
 
 
 class Curve(nn.Module):

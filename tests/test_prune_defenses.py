@@ -19,7 +19,7 @@ from bdx.defenses.bnp import divergence
 from bdx.defenses.clp import largest_singular
 from bdx.defenses.ep import entropy, standard
 from bdx.errors import UserError
-from bdx.pruning import affine
+from bdx.pruning import Replay, accuracy, affine
 from bdx.run import build_defense
 from bdx.split import pixels
 from bdx.training import make_trainer
@@ -257,6 +257,25 @@ def test_the_released_code_goes_one_step_too_far_less_one_column(attack, digits,
     columns = (net.body.linear.weight == 0).all(0)
     assert curve.chosen != (last := curve.thresholds.tolist()[-1])
     assert int(columns.sum()) == defense.facts["silent_channels"] == round(64 * last) - 1
+
+
+@pytest.mark.parametrize("recipe", ["paper", "code"])
+def test_thresholds_are_tried_behind_the_layer_that_is_cut(recipe, attack, digits, monkeypatch):
+    """As each by a whole pass, but what runs before that layer runs once for all thresholds."""
+    defense = made(attack, "fp", f"recipe={recipe}", "step=0.25", "epochs=1", "batch=70")
+    order = defense.activation(digits).argsort()
+    wanted = {}
+    for share in (0.25, 0.5, 0.75):
+        net = copy.deepcopy(defense.net)
+        defense.prune(net, order, share)
+        wanted[share] = accuracy(net, digits.clean)
+    first, passes, convolve = defense.net.body.conv1, [], nn.Conv2d._conv_forward
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", lambda m, *a: passes.append(m is first) or convolve(m, *a))
+    state = copy.deepcopy(defense.net.state_dict())
+    replay = Replay(state, lambda net, share: defense.prune(net, order, share), list(wanted), None)
+    assert dict(replay.behind(defense.net, defense.at, digits.clean)) == wanted
+    assert sum(passes) == 1
+    defense.net.load_state_dict(state)
 
 
 # FT-SAM

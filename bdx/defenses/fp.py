@@ -31,7 +31,7 @@ class FP(Tuning):
     """
 
     trains = "all weights, but the channels that are cut"
-    cost = "one pass over the clean images for each share tried, then per image and epoch: one training step"
+    cost = "two passes over the clean images, then per image and epoch: one training step"
 
     def __init__(
         self, net: nn.Module, *, layer: str, step: float, threshold: float, select: str, max_drop: float, recipe: str, **loop
@@ -59,7 +59,7 @@ class FP(Tuning):
         self.to(data.clean.x.device)
         order = self.activation(data).argsort()
         grid = [i * self.step for i in range(1, ceil(1 / self.step - 1e-9))]
-        curve = self.rule.prune(self.net, lambda net, share: self.prune(net, order, share), grid, data)
+        curve = self.rule.prune(self.net, lambda net, share: self.prune(net, order, share), grid, data, self.at)
         share = curve.chosen or 0.0
         if self.recipe == "code" and curve.spec["thresholds"]:
             share = curve.spec["thresholds"][-1]
