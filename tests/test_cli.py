@@ -393,7 +393,7 @@ def test_cfg_job_prints_yaml_and_runs_nothing(bdx, tmp_path):
     cfg = yaml.safe_load(said.out)
     assert cfg["attack"]["alpha"] == 0.3
     assert cfg["train"]["augment"] == "${dataset.augment}"
-    assert set(cfg) == {*groups(), "seed", "paths"} - {"experiment", "detector"}
+    assert set(cfg) == {*groups(), "eval", "seed", "paths"} - {"experiment", "detector"}
     assert not (tmp_path / "outputs").exists()
 
 

@@ -276,9 +276,9 @@ def test_table_run_reaches_the_server_with_its_files(out, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("words", "group"), [(["logger=wandb"], NAME), (["logger=wandb", "logger.group=mine"], "mine"), ([], None)]
 )
-def test_cells_of_a_sweep_stand_in_the_group_of_their_table(words, group, monkeypatch):
+def test_cells_of_a_sweep_stand_in_the_group_of_their_table(words, group, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(sweep, "plan", lambda table, scale, words, *_, **__: seen.extend(words) or Plan([], {}))
+    monkeypatch.setattr(sweep, "plan", lambda table, scale, words, *_, **__: seen.extend(words) or Plan([], {"results": tmp_path}))
     assert sweep.sweep([NAME, "scale=cpu", *words]) == 0
     assert [w for w in seen if w.startswith("logger.group=")] == ([f"logger.group={group}"] if group else [])
     assert compose(["experiment=cpu_scale", *seen]).logger.get("group") == group
