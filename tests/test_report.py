@@ -278,7 +278,8 @@ def test_table_run_reaches_the_server_with_its_files(out, tmp_path, monkeypatch,
 )
 def test_cells_of_a_sweep_stand_in_the_group_of_their_table(words, group, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(sweep, "plan", lambda table, scale, words, *_, **__: seen.extend(words) or Plan([], {"results": tmp_path}))
+    empty = Plan([], {"results": tmp_path})
+    monkeypatch.setattr(sweep, "plan", lambda table, scale, words, *_, **__: seen.extend(words) or empty)
     assert sweep.sweep([NAME, "scale=cpu", *words]) == 0
     assert [w for w in seen if w.startswith("logger.group=")] == ([f"logger.group={group}"] if group else [])
     assert compose(["experiment=cpu_scale", *seen]).logger.get("group") == group
