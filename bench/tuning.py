@@ -46,7 +46,7 @@ def bench_nc(place: Place) -> Iterator[Figure]:
             place.trainer("triggers", 1).fit(Search(nc.net, classes, nc.search), batches)
 
     slow, fast = place.race(place.pick(1, 1, 5), partial(search, 1), partial(search, 10))
-    yield versus("nc: class by class over all at once", slow, fast, steps, aim=4 if place.gpu else None)
+    yield versus("nc: class by class over all at once", slow, fast, steps, aim=4)
     for at_once in (1, 10):
         yield Figure(f"nc: peak memory, {at_once} at once", place.peak(partial(search, at_once)), "MiB")
 

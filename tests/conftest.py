@@ -92,3 +92,11 @@ def quick_trainer():
 
 
 __all__ = ["CONF", "ROOT", "TINY", "build_attack", "load_digits", "names", "paths"]
+
+
+@pytest.fixture(scope="module")
+def no_rows_but_these(tmp_path_factory):
+    """The rows that travel with bdx are others every week."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bdx.tables.PACKAGED", tmp_path_factory.mktemp("packaged"))
+        yield

@@ -58,10 +58,8 @@ class Server(Stub):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def leave_no_service(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bdx.tables.PACKAGED", tmp_path_factory.mktemp("packaged"))
-        yield
+def leave_no_service(no_rows_but_these):
+    yield
     wandb.teardown()
 
 

@@ -169,6 +169,13 @@ def test_what_a_job_says_is_its_outcome_and_one_that_leaves_without_a_word_is_de
     assert (dead.job.id, dead.state, "SLURM job 7_1 is CANCELLED by 7" in dead.reason) == ("r1", "died", True)
 
 
+def test_a_cluster_without_accounting_has_no_state_to_tell(cluster, tmp_path, monkeypatch):
+    runner = cluster()
+    assert runner.called("7_1") == "CANCELLED by 7"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert runner.called("7_1") == "gone"
+
+
 def test_a_silent_controller_kills_nothing(cluster, capsys):
     runner = cluster()
     runner.submit(jobs(1)[0])

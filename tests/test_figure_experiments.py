@@ -21,13 +21,7 @@ from bdx.grid import Cell
 from bdx.plates import difference, function, groups
 
 D3 = "d32024/fig04"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_rows_but_these(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bdx.tables.PACKAGED", tmp_path_factory.mktemp("packaged"))
-        yield
+pytestmark = pytest.mark.usefixtures("no_rows_but_these")
 
 
 @pytest.fixture(scope="module")

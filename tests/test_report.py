@@ -26,16 +26,9 @@ from bdx.errors import UserError
 from bdx.grid import Cell
 from bdx.sweep import Plan
 
+pytestmark = pytest.mark.usefixtures("no_rows_but_these")
 NAME, WORDS = "npd2023/table01", ("attack=badnets,blended,nobody", "defense=none,ft,npd")
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_rows_but_these(tmp_path_factory):
-    """The rows that travel with bdx are others every week."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bdx.tables.PACKAGED", tmp_path_factory.mktemp("packaged"))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ class FP(Tuning):
     """
 
     trains = "all weights, but the channels that are cut"
-    cost = "two passes over the clean images, then per image and epoch: one training step"
+    cost = "three passes over the clean images, what follows the layer for each share, then a training step per image and epoch"
 
     def __init__(
         self, net: nn.Module, *, layer: str, step: float, threshold: float, select: str, max_drop: float, recipe: str, **loop

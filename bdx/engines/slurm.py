@@ -189,9 +189,13 @@ class Engine(base.Engine):
         print(f"bdx: SLURM does not answer ({why}); the sweep waits for it", file=sys.stderr)
 
     def called(self, at: str) -> str:
-        """The state of a job by the cluster's accounting, if it has any."""
-        asked = subprocess.run(["sacct", "-X", "-n", "-P", "-o", "State", "-j", at], capture_output=True, text=True)
-        return asked.stdout.strip().splitlines()[-1] if asked.stdout.strip() else "gone"
+        """The state of a job by the cluster's accounting, if it has any that answers."""
+        words = ["sacct", "-X", "-n", "-P", "-o", "State", "-j", at]
+        try:
+            said = subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            said = ""
+        return said.splitlines()[-1] if said else "gone"
 
     def close(self) -> None:
         """Cancel what is queued or runs; SLURM interrupts it, so that it writes its checkpoint."""
