@@ -27,7 +27,7 @@ from bdx.files import of_a_file, reason
 COMMAND = [sys.executable, "-m", "bdx.worker"]
 STATES = ("done", "refused", "failed", "memory", "died")  # how a cell may end: see engines/base.py
 GRACE = 20.0  # seconds in which an interrupted run may write its checkpoint
-INTERRUPTED = (130, -signal.SIGTERM, -signal.SIGUSR2)  # how a process ends that was told to
+INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR2)  # how a process ends that was told to
 told: list[int] = []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,6 +200,30 @@ def test_a_refusal_that_may_pass_is_waited_for_and_another_is_the_users(cluster,
     (cluster.home / "refuses").write_text("sbatch: error: invalid partition specified: nowhere\n")
     with pytest.raises(UserError, match=r"engine=slurm: sbatch refuses: invalid partition specified: nowhere$"):
         runner.wait(0)
+
+
+def test_what_slurm_has_taken_it_will_take_again(cluster, capsys):
+    """A controller that has just started knows of no shard until its nodes report, and refuses what it took before."""
+    runner = cluster(gres="shard:1")
+    first, second = jobs(2)
+    runner.submit(first)
+    runner.wait(0)
+    no = "sbatch: error: Batch job submission failed: Requested node configuration is not available\n"
+    (cluster.home / "refuses").write_text(no)
+    (cluster.home / "queue").write_text("7\n")
+    runner.submit(second)
+    assert [runner.wait(0) for _ in range(3)] == [[]] * 3
+    told = capsys.readouterr().err
+    assert told.count("SLURM takes no jobs for now (Batch job submission failed: Requested node configuration") == 1
+    (cluster.home / "refuses").unlink()
+    (cluster.home / "queue").write_text("7\n8\n")
+    assert (runner.wait(0), set(runner.sent), runner.queue) == ([], {"r0", "r1"}, [])
+
+
+def test_a_worker_that_is_told_to_stop_before_it_listens_ends_as_one_that_was_told(tmp_path):
+    early = "import os, signal; from bdx import worker; signal.signal(signal.SIGTERM, worker.interrupted); "
+    ended = subprocess.run([sys.executable, "-c", early + "os.kill(os.getpid(), signal.SIGTERM)"], capture_output=True)
+    assert ended.returncode in bdx.worker.INTERRUPTED
 
 
 @pytest.mark.parametrize(("state", "started"), [("PENDING", False), ("RUNNING", True), ("", False)])

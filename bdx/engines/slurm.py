@@ -66,6 +66,8 @@ class Engine(base.Engine):
         self.sent: dict[str, Sent] = {}
         self.lost: dict[str, int] = defaultdict(int)
         self.why, self.looked = "", time.monotonic()  # why SLURM does not answer, and when it was asked
+        self.taken: set[bool] = set()  # of the executors, those whose jobs SLURM has taken
+        self.refused = ""  # why it takes none for now
         if self.queued() is None:
             raise UserError(f"engine=slurm: {self.why}: start the sweep where SLURM is, or take engine=local")
 
@@ -111,7 +113,10 @@ class Engine(base.Engine):
                 return
 
     def array(self, shifts: list[tuple[Job, ...]], alone: bool) -> bool:
-        """Submit an array; False where SLURM may take it later. Raises UserError for what it never will."""
+        """Submit an array; False where SLURM may take it later. Raises UserError for what it never will.
+
+        What it has taken once it will take again: a controller that has just started knows of no gres until its nodes report.
+        """
         for job in (j for shift in shifts for j in shift):
             for ending in ("json", "job"):  # of an earlier time
                 (self.folder / f"{job.id}.{ending}").unlink(missing_ok=True)
@@ -120,10 +125,14 @@ class Engine(base.Engine):
                 sent = self.executors[alone].map_array(Shift(self.folder), shifts)
         except (self.submitit.core.utils.FailedJobError, self.submitit.core.utils.FailedSubmissionError) as e:
             why = (str(e).strip().splitlines() or ["it does not say why"])[-1].removeprefix("sbatch: error: ")
-            if not any(text in why.lower() for text in BUSY):
+            if alone not in self.taken and not any(text in why.lower() for text in BUSY):
                 raise UserError(f"engine=slurm: sbatch refuses: {why}") from None
-            self.silent(why)
+            if why != self.refused:
+                print(f"bdx: SLURM takes no jobs for now ({why}); the sweep waits for it", file=sys.stderr)
+            self.why = self.refused = why
             return False
+        self.refused = ""
+        self.taken.add(alone)
         for shift, of in zip(shifts, sent, strict=True):
             for job in shift:
                 with files.whole(self.folder / f"{job.id}.job") as tmp:
@@ -181,12 +190,8 @@ class Engine(base.Engine):
         before = self.why
         there = self.queued()
         if there is None and not before:
-            self.silent(self.why)
+            print(f"bdx: SLURM does not answer ({self.why}); the sweep waits for it", file=sys.stderr)
         return there
-
-    def silent(self, why: str) -> None:
-        self.why = why
-        print(f"bdx: SLURM does not answer ({why}); the sweep waits for it", file=sys.stderr)
 
     def called(self, at: str) -> str:
         """The state of a job by the cluster's accounting, if it has any that answers."""
