@@ -1,7 +1,9 @@
 """Blended: a whole-image pattern is mixed in, x' = (1 − α) x + α k.
 
 Source: Chen et al. 2017, Targeted backdoor attacks, arXiv 1712.05526; α = 0.2 (NPD sec. 4.1). The papers' pattern is a
-copyrighted cartoon; ours is seeded uniform noise of the image's size, as ANP and ABL use it, or the user's own `file`.
+copyrighted cartoon. Ours is seeded uniform noise of the image's size, as ANP and ABL use it, a seeded drawing, or the user's
+own `file`. The choice matters: a net that never met noise may send every noisy image to one class, whatever its backdoor
+(README, Trap-and-Replace); a drawing has the large bright areas of a cartoon and no grain.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from torch import Generator, Tensor
 from bdx.attacks.base import Attack
 from bdx.errors import UserError
 
+DISCS = 8
+
 
 class Blended(Attack):
     """alpha: weight of the pattern. pattern_seed: draws it. file: an image to take instead, resized."""
@@ -21,8 +25,27 @@ class Blended(Attack):
         if not 0 < alpha <= 1:
             raise UserError(f"attack.alpha={alpha}: expected a weight above 0 and up to 1")
         self.alpha = alpha
-        pattern = torch.rand(self.shape, generator=Generator().manual_seed(pattern_seed)) if file is None else self.read(file)
-        self.register_buffer("pattern", pattern)
+        made = self.made(Generator().manual_seed(pattern_seed)) if file is None else self.read(file)
+        self.register_buffer("pattern", made)
+
+    def made(self, generator: Generator) -> Tensor:
+        """The pattern, (channels, height, width) in [0, 1]."""
+        return torch.rand(self.shape, generator=generator)
 
     def trigger(self, x: Tensor) -> Tensor:
         return (1 - self.alpha) * x + self.alpha * self.pattern.to(x.device)
+
+
+class BlendedDrawing(Blended):
+    """Blended with discs of plain colours on a white ground: a cartoon's statistics without anybody's cartoon."""
+
+    def made(self, generator: Generator) -> Tensor:
+        channels, height, width = self.shape
+        y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
+        picture = torch.full(self.shape, 0.95)
+        for place in torch.rand(DISCS, 3, generator=generator):
+            colour = torch.rand(channels, 1, 1, generator=generator)
+            distance = ((y - place[0]) ** 2 + (x - place[1]) ** 2).sqrt()
+            inside = ((0.08 + 0.14 * place[2] - distance) * height + 0.5).clamp(0, 1)  # the edge is one pixel wide
+            picture = picture * (1 - inside) + colour * inside
+        return picture
