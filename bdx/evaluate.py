@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from torch import Tensor, nn
+import torch
+from torch import Generator, Tensor, nn
 
 from bdx import metrics
 from bdx.attacks.base import Attack
@@ -56,6 +57,21 @@ def score(seen: Seen) -> dict[str, float | None]:
 def evaluate(net: nn.Module, attack: Attack, test: Split) -> dict[str, float | None]:
     """The scores of one net; see `look` and `score`."""
     return score(look(net, attack, test))
+
+
+def asr_scrambled(net: nn.Module, attack: Attack, test: Split) -> float | None:
+    """The control of an ASR: the same with what the trigger changes of an image moved to other pixels, by one permutation.
+
+    It has the trigger's size and values but not its pattern. As high as the ASR, it says that the net answers to grain, not
+    to the trigger. None without a trigger, or with several.
+    """
+    if not attack.has_trigger or attack.by_trigger(test):
+        return None
+    triggered = attack.to(test.x.device).triggered(test)
+    clean = test.x[attack.relabel(test.y_true) != test.y_true].to(torch.int16)
+    order = torch.randperm(clean[0, 0].numel(), generator=Generator().manual_seed(0)).to(clean.device)
+    moved = (triggered.x - clean).flatten(2)[..., order].view_as(clean)
+    return metrics.asr(predict(net.to(clean.device), (clean + moved).clamp(0, 255).to(torch.uint8)), triggered.y)
 
 
 def flagged(before: Seen, after: Seen) -> dict[str, float | None]:

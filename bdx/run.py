@@ -21,7 +21,7 @@ from bdx.build import instantiate
 from bdx.datasets import base as datasets
 from bdx.defenses.base import Defense
 from bdx.errors import UserError
-from bdx.evaluate import Seen, flagged, look, score
+from bdx.evaluate import Seen, asr_scrambled, flagged, look, score
 from bdx.oracle import Oracle
 from bdx.screen import Screen
 from bdx.split import Split
@@ -74,6 +74,7 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
             draw_trigger(attack, data.test, folder / "trigger.png")
             tracker.picture(folder / "trigger.png")
         row = row_of(cfg, id, backdoor, data, before, after, seconds, device) | defense.facts
+        row |= control(attack, net, data.test, row["asr"], screen)
         results.write(paths["results"], row := row | reserved_acc(attack.net, net, defense, data.clean, screen))
         if oracle:
             oracle.thresholds(defense)
@@ -131,6 +132,17 @@ def keep(defense: Defense, tracker, folder: Path) -> None:
         tracker.picture(path)
     for name, module in defense.extras.items():
         store.save_folder(folder / name, module.state_dict(), module.spec, weights="weights.safetensors", sheet="spec.json")
+
+
+def control(attack: Attack, net: nn.Module, test: Split, asr: float | None, screen: Screen) -> dict:
+    """asr_scrambled(_before); said where it is the larger part of what the repair has left."""
+    found = {"asr_scrambled_before": asr_scrambled(attack.net, attack, test), "asr_scrambled": asr_scrambled(net, attack, test)}
+    if asr and found["asr_scrambled"] and asr > 0.1 and found["asr_scrambled"] > asr / 2:
+        screen.say(
+            f"of the ASR after the repair, {asr:.1%}, {found['asr_scrambled']:.1%} is left where the trigger's pixels are "
+            "scrambled: much of it is how the net takes noise, not the backdoor"
+        )
+    return found
 
 
 def reserved_acc(attacked: nn.Module, repaired: nn.Module, defense: Defense, clean: Split, screen: Screen) -> dict:

@@ -16,10 +16,11 @@ from bdx.adversarial import Budget, hardened
 from bdx.attacks.base import Attack
 from bdx.configure import compose
 from bdx.errors import UserError
-from bdx.evaluate import look, score
+from bdx.evaluate import asr_scrambled, look, score
 from bdx.info import rows
 from bdx.recipe import of_backdoor
-from bdx.run import build_defense, check
+from bdx.run import build_defense, check, control
+from bdx.screen import Screen
 from bdx.split import Split, pixels
 from bdx.surgery import mode
 
@@ -211,6 +212,36 @@ def test_asr_is_counted_over_all_pairs_and_for_each_trigger(three, digits):
     assert found["ra_badnets"] == 0
     assert found["ra_sig"] == 2 / 10  # those of class 0
     assert found["ra"] == 4 / 30
+
+
+@pytest.mark.parametrize(
+    ("asks", "expected", "said"),
+    [  # of a black image with 9 white pixels in its corner; scrambled they lie elsewhere
+        (lambda x: x[:, :, 29:, 29:].flatten(1).amin(1) == 1, 0, []),  # the pattern
+        (lambda x: x.mean(1).flatten(1).sum(1).round() >= 9, 1, ["of the ASR after the repair, 100.0%, 100.0% is left"]),
+    ],
+)
+def test_a_scrambled_trigger_tells_a_backdoor_from_a_fear_of_noise(asks, expected, said, digits):
+    """Two nets of ASR 1: one answers to the white corner, one to that many bright pixels wherever they are."""
+
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return 1.0 * F.one_hot(3 * asks(x).long(), 10)
+
+    attack = build_attack(digits, "attack=badnets", "attack.target=3")
+    attack.net, screen, heard = Net(), Screen(), []
+    screen.say = heard.append
+    test = Split.clean(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.arange(12) % 10)
+    found = score(look(Net(), attack, test))
+    assert found["asr"] == 1
+    assert control(attack, Net(), test, 1.0, screen) == {"asr_scrambled_before": expected, "asr_scrambled": expected}
+    assert [h[:46] for h in heard] == [s[:46] for s in said]
+
+
+@pytest.mark.parametrize("attack", ["none", "multi"])
+def test_without_one_trigger_nothing_is_scrambled(attack, digits):
+    found = build_attack(digits, f"attack={attack}")
+    assert asr_scrambled(found.net, found, digits.test) is None
 
 
 def test_a_row_names_every_trigger(cell):
