@@ -94,6 +94,11 @@ def build_defense(cfg: DictConfig, attack: Attack) -> Defense:
 
 def check(defense: Defense, attack: Attack, cutmix: float = 0.0) -> None:
     """Refuse what cannot work, naming both sides. cutmix: of the data set's augmentation."""
+    if "train" in defense.needs and not attack.trained_here:
+        raise UserError(
+            f"{type(defense).__name__} works on the set that the net was trained on, and {type(attack).__name__} has none; "
+            "take a defense that needs clean images alone (`bdx info defenses`)"
+        )
     if "train" in defense.needs and attack.has_trigger and not attack.leaves_poison:  # attack=none leaves clean images
         raise UserError(
             f"{type(defense).__name__} works on the poisoned training set, and {type(attack).__name__} leaves none; take "

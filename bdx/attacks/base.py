@@ -35,7 +35,8 @@ class Attack(pl.LightningModule):
     Class attributes declare: clean_label (images of the target class only, labels kept), leaves_poison (False: the
     attacker controls training, no poisoned set exists), has_trigger (False for attack=none), sample_specific (what the
     trigger does to a pixel depends on other pixels, or not linearly on its value), trigger_from (formula; made before
-    poisoning; or trained with the victim), hardens (a training_step of its own goes through `loss`).
+    poisoning; or trained with the victim), hardens (a training_step of its own goes through `loss`), trained_here (False:
+    the net came from elsewhere, and what it was trained on is not known).
     """
 
     clean_label = False
@@ -44,6 +45,7 @@ class Attack(pl.LightningModule):
     sample_specific = False
     trigger_from = "formula"
     hardens = False
+    trained_here = True
 
     def __init__(
         self, net: nn.Module, *, shape: tuple[int, int, int], num_classes: int, recipe: Recipe, seed: int,
