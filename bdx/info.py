@@ -20,8 +20,8 @@ KINDS = {
     "experiments": "experiment",
 }
 DECLARED = (
-    "clean_label", "leaves_poison", "has_trigger", "sample_specific", "trigger_from", "needs", "needs_batchnorm", "trains",
-    "cost", "judges",
+    "clean_label", "leaves_poison", "has_trigger", "sample_specific", "trigger_from", "trained_here", "needs",
+    "needs_batchnorm", "trains", "cost", "judges",
 )  # fmt: skip
 
 
@@ -60,6 +60,8 @@ def constant(node: ast.expr):
 def needs(kind: str, declared: dict) -> str:
     """What a user must have, in words."""
     if kind == "attack":
+        if not declared.get("trained_here", True):
+            return "needs a file of weights; no trigger is known"
         if not declared.get("has_trigger", True):
             return "clean training"
         label = "clean label" if declared.get("clean_label") else "dirty label"

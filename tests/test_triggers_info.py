@@ -62,6 +62,7 @@ def test_info_shows_the_type_without_torch():
     assert found["ctrl"] == "clean label, poisons data, static trigger"
     assert found["bpp"] == "dirty label, poisons data, sample-specific trigger"
     assert found["none"] == "clean training"
+    assert found["given"] == "needs a file of weights; no trigger is known"
     code = "import sys; from bdx.cli import dispatch; dispatch(['info', 'attacks']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
