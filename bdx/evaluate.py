@@ -62,8 +62,9 @@ def evaluate(net: nn.Module, attack: Attack, test: Split) -> dict[str, float | N
 def asr_scrambled(net: nn.Module, attack: Attack, test: Split) -> float | None:
     """The control of an ASR: the same with what the trigger changes of an image moved to other pixels, by one permutation.
 
-    It has the trigger's size and values but not its pattern. As high as the ASR, it says that the net answers to grain, not
-    to the trigger. None without a trigger, or with several.
+    It has the size and values of the trigger, not its pattern. As high as the ASR, it says that the net answers to any grain:
+    the backdoor has spread beyond its pattern, or the net takes noise that way without one. None without a trigger, or with
+    several.
     """
     if not attack.has_trigger or attack.by_trigger(test):
         return None

@@ -145,7 +145,7 @@ def control(attack: Attack, net: nn.Module, test: Split, asr: float | None, scre
     if asr and found["asr_scrambled"] and asr > 0.1 and found["asr_scrambled"] > asr / 2:
         screen.say(
             f"of the ASR after the repair, {asr:.1%}, {found['asr_scrambled']:.1%} is left where the trigger's pixels are "
-            "scrambled: much of it is how the net takes noise, not the backdoor"
+            "scrambled: much of it needs no pattern, grain of that size is enough"
         )
     return found
 

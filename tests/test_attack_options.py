@@ -221,7 +221,7 @@ def test_asr_is_counted_over_all_pairs_and_for_each_trigger(three, digits):
         (lambda x: x.mean(1).flatten(1).sum(1).round() >= 9, 1, ["of the ASR after the repair, 100.0%, 100.0% is left"]),
     ],
 )
-def test_a_scrambled_trigger_tells_a_backdoor_from_a_fear_of_noise(asks, expected, said, digits):
+def test_a_scrambled_trigger_tells_whether_the_pattern_is_needed(asks, expected, said, digits):
     """Two nets of ASR 1: one answers to the white corner, one to that many bright pixels wherever they are."""
 
     class Net(torch.nn.Module):

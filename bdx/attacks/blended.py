@@ -2,8 +2,8 @@
 
 Source: Chen et al. 2017, Targeted backdoor attacks, arXiv 1712.05526; α = 0.2 (NPD sec. 4.1). The papers' pattern is a
 copyrighted cartoon. Ours is seeded uniform noise of the image's size, as ANP and ABL use it, a seeded drawing, or the user's
-own `file`. The choice matters: a net that never met noise may send every noisy image to one class, whatever its backdoor
-(README, Trap-and-Replace); a drawing has the large bright areas of a cartoon and no grain.
+own `file`. The choice matters: from noise a victim learns that any grain means the target (README, Trap-and-Replace); a
+drawing has the large bright areas of a cartoon and no grain.
 """
 
 from __future__ import annotations
