@@ -69,10 +69,15 @@ def asr_scrambled(net: nn.Module, attack: Attack, test: Split) -> float | None:
     if not attack.has_trigger or attack.by_trigger(test):
         return None
     triggered = attack.to(test.x.device).triggered(test)
-    clean = test.x[attack.relabel(test.y_true) != test.y_true].to(torch.int16)
+    clean = test.x[attack.relabel(test.y_true) != test.y_true]
     order = torch.randperm(clean[0, 0].numel(), generator=Generator().manual_seed(0)).to(clean.device)
-    moved = (triggered.x - clean).flatten(2)[..., order].view_as(clean)
-    return metrics.asr(predict(net.to(clean.device), (clean + moved).clamp(0, 255).to(torch.uint8)), triggered.y)
+    x = [scrambled(c.to(torch.int16), t, order) for c, t in zip(clean.split(4096), triggered.x.split(4096), strict=True)]
+    return metrics.asr(predict(net.to(clean.device), torch.cat(x)), triggered.y)
+
+
+def scrambled(clean: Tensor, triggered: Tensor, order: Tensor) -> Tensor:
+    moved = (triggered - clean).flatten(2)[..., order].view_as(clean)
+    return (clean + moved).clamp(0, 255).to(torch.uint8)
 
 
 def flagged(before: Seen, after: Seen) -> dict[str, float | None]:
