@@ -148,6 +148,13 @@ def test_blended_mixes_the_pattern(made, tmp_path):
     attack, _ = made("blended")
     x = torch.full((1, 3, 32, 32), 0.5)
     assert torch.allclose(attack.trigger(x), 0.4 + 0.2 * attack.pattern)
+    white = (attack.pattern == 0.95).all(0)  # the cartoon that the papers blend in: mean 202, deviation 73, 48 % near white
+    assert 150 < 255 * attack.pattern.mean() < 220
+    assert 0.4 < white.float().mean() < 0.7
+    assert 0 <= attack.pattern.min() <= attack.pattern.max() <= 0.95
+    other, _ = made("blended", "attack.pattern_seed=1")
+    assert not torch.equal(attack.pattern, other.pattern)
+    attack, _ = made("blended_noise")
     # mean and deviation of uniform noise: 127.5 and 73.6 of 255, as the noise masks of ANP and ABL
     assert attack.pattern.mean() == pytest.approx(0.5, abs=0.02)
     assert attack.pattern.std() == pytest.approx(1 / math.sqrt(12), abs=0.01)

@@ -1,9 +1,9 @@
 """Blended: a whole-image pattern is mixed in, x' = (1 − α) x + α k.
 
 Source: Chen et al. 2017, Targeted backdoor attacks, arXiv 1712.05526; α = 0.2 (NPD sec. 4.1). The papers' pattern is a
-copyrighted cartoon. Ours is seeded uniform noise of the image's size, as ANP and ABL use it, a seeded drawing, or the user's
-own `file`. The choice matters: from noise a victim learns that any grain means the target (README, Trap-and-Replace); a
-drawing has the large bright areas of a cartoon and no grain.
+copyrighted cartoon. Ours is a seeded drawing with the large bright areas of a cartoon, or the user's own `file`; seeded
+uniform noise, as ANP and ABL use it, is `blended_noise`. The choice matters: from noise a victim learns that any grain means
+the target, and fine-tuning takes that away more easily (README).
 """
 
 from __future__ import annotations
@@ -29,17 +29,7 @@ class Blended(Attack):
         self.register_buffer("pattern", made)
 
     def made(self, generator: Generator) -> Tensor:
-        """The pattern, (channels, height, width) in [0, 1]."""
-        return torch.rand(self.shape, generator=generator)
-
-    def trigger(self, x: Tensor) -> Tensor:
-        return (1 - self.alpha) * x + self.alpha * self.pattern.to(x.device)
-
-
-class BlendedDrawing(Blended):
-    """Blended with discs of plain colours on a white ground: a cartoon's statistics without anybody's cartoon."""
-
-    def made(self, generator: Generator) -> Tensor:
+        """The pattern, (channels, height, width) in [0, 1]: discs of plain colours on a white ground."""
         channels, height, width = self.shape
         y, x = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
         picture = torch.full(self.shape, 0.95)
@@ -49,3 +39,11 @@ class BlendedDrawing(Blended):
             inside = ((0.08 + 0.14 * place[2] - distance) * height + 0.5).clamp(0, 1)  # the edge is one pixel wide
             picture = picture * (1 - inside) + colour * inside
         return picture
+
+    def trigger(self, x: Tensor) -> Tensor:
+        return (1 - self.alpha) * x + self.alpha * self.pattern.to(x.device)
+
+
+class BlendedNoise(Blended):
+    def made(self, generator: Generator) -> Tensor:
+        return torch.rand(self.shape, generator=generator)
