@@ -203,6 +203,7 @@ def test_first_n_target_class_and_share_of_candidates(made, digits):
         ("badnets", "attack.labels=one2one", "expected all2one or all2all"),
         ("badnets", "attack.select=last", "expected random or first"),
         ("blended", "attack.alpha=0.0", "expected a weight above 0"),
+        ("blended", "attack.pattern=dots", r"attack\.pattern=dots: expected drawing or noise"),
     ],
 )
 def test_mistakes_are_named_before_training(name, override, text, digits):
