@@ -25,7 +25,7 @@ MARKED = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PRESET, SCALE = "cpu_scale", "cpu"
 PAPERS = {"npd2023/table01": "NPD", "d32024/table01": "D3", "tnr2022/table01": "T&R"}
 LOOKS = ("L2", "L∞ of 255", "PSNR dB", "SSIM")  # columns of `bdx info triggers`
-ALIKE = {"badnets": "badnet_white"}  # Trap-and-Replace's own trigger of that kind
+ALIKE = {"T&R": {"badnets": "badnet_white"}, "NPD": {"blend": "blended"}, "D3": {"blend": "blended"}}  # ours: the paper's
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def theirs(attack: str, defense: str, known: dict) -> str:
     """before → after, DER; from the paper that proposes the defense, else from the first that prints it."""
     own = [name for name in PAPERS if of_paper(name).claim["of"].get("defense") == defense]
     for name in (*own, *PAPERS):
-        there = ALIKE.get(attack, attack) if PAPERS[name] == "T&R" else attack
+        there = ALIKE[PAPERS[name]].get(attack, attack)
         before, after = known.get((name, there, "none"), {}), known.get((name, there, defense), {})
         if {"acc", "asr"} <= set(before) and {"acc", "asr"} <= set(after):
             numbers = before["acc"], before["asr"], after["acc"], after["asr"]
@@ -154,7 +154,7 @@ def repairs(rows: list[dict], current: set[str], composer: Composer) -> str:
         f"{measured_on(rows, current)} Of each defense the setting of `scale={SCALE}` (a third of the papers' epochs) where "
         "it was measured, else that with the fewest changed keys, which the third column names; all others are folded below. "
         "In print: full-size nets and recipes, which is another setting; for Trap-and-Replace also another net (WRN16-1) and "
-        "trigger in place of `badnets` (`badnet_white`)."
+        "trigger in place of `badnets` (`badnet_white`); beside `blend` NPD's and D3's Blended, which draws other images."
     )
     fold = ["", f"<details><summary>{len(more)} other settings of the same defenses</summary>", "", *rule(head, lines(more))]
     about = textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False)
