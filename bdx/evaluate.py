@@ -59,7 +59,7 @@ def evaluate(net: nn.Module, attack: Attack, test: Split) -> dict[str, float | N
     return score(look(net, attack, test))
 
 
-def asr_scrambled(net: nn.Module, attack: Attack, test: Split) -> float | None:
+def scrambled_asr(net: nn.Module, attack: Attack, test: Split) -> float | None:
     """The control of an ASR: the same with what the trigger changes of an image moved to other pixels, by one permutation.
 
     It has the size and values of the trigger, not its pattern. As high as the ASR, it says that the net answers to any grain:

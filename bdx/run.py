@@ -21,7 +21,7 @@ from bdx.build import instantiate
 from bdx.datasets import base as datasets
 from bdx.defenses.base import Defense
 from bdx.errors import UserError
-from bdx.evaluate import Seen, asr_scrambled, flagged, look, score
+from bdx.evaluate import Seen, flagged, look, score, scrambled_asr
 from bdx.oracle import Oracle
 from bdx.screen import Screen
 from bdx.split import Split
@@ -140,14 +140,16 @@ def keep(defense: Defense, tracker, folder: Path) -> None:
 
 
 def control(attack: Attack, net: nn.Module, test: Split, asr: float | None, screen: Screen) -> dict:
-    """asr_scrambled(_before); said where it is the larger part of what the repair has left."""
-    found = {"asr_scrambled_before": asr_scrambled(attack.net, attack, test), "asr_scrambled": asr_scrambled(net, attack, test)}
-    if asr and found["asr_scrambled"] and asr > 0.1 and found["asr_scrambled"] > asr / 2:
+    """scrambled_asr(_before), where one trigger is known; said where it is the larger part of what the repair has left."""
+    now = scrambled_asr(net, attack, test)
+    if now is None:
+        return {}
+    if asr > 0.1 and now > asr / 2:
         screen.say(
-            f"of the ASR after the repair, {asr:.1%}, {found['asr_scrambled']:.1%} is left where the trigger's pixels are "
-            "scrambled: much of it needs no pattern, grain of that size is enough"
+            f"of the ASR after the repair, {asr:.1%}, {now:.1%} is left where the trigger's pixels are scrambled: much of it "
+            "needs no pattern, grain of that size is enough"
         )
-    return found
+    return {"scrambled_asr_before": scrambled_asr(attack.net, attack, test), "scrambled_asr": now}
 
 
 def reserved_acc(attacked: nn.Module, repaired: nn.Module, defense: Defense, clean: Split, screen: Screen) -> dict:

@@ -121,14 +121,21 @@ class Kept:
     written: float
 
 
-def differing(a: dict, b: dict) -> tuple[str, ...]:
-    """key=value of b where a has another value; keys that one of them lacks came later, and do not count."""
-    return tuple(f"{k}={b[k]}" for k in sorted(a.keys() & b.keys()) if canonical(a[k], k) != canonical(b[k], k))
+def differing(a: dict, b: dict, of: str = "") -> tuple[str, ...]:
+    """key=value of b where a has another value, inner keys with dots; keys that one of them lacks do not count."""
+    found: list[str] = []
+    for k in sorted(a.keys() & b.keys()):
+        if isinstance(a[k], dict) and isinstance(b[k], dict):
+            found += differing(a[k], b[k], f"{of}{k}.")
+        elif canonical(a[k], k) != canonical(b[k], k):
+            found.append(f"{of}{k}={b[k]}")
+    return tuple(found)
 
 
 def stored(store: Store, cfg: DictConfig, sha256: str, yamls: dict[str, dict], scores: dict) -> dict[str, Kept]:
     """The backdoor of each attack with this data set, net, training and seed: that with the fewest changed keys, then one
-    that was measured, then the newest. A stored recipe does not name its attack: the nearest YAML file of its class does."""
+    that was measured, then the newest. A stored recipe does not name its attack: the nearest YAML file of its class with the
+    same keys does."""
     arch, train = (OmegaConf.to_container(cfg[k], resolve=True) for k in ("arch", "train"))
     found: dict[str, list[Kept]] = {}
     for path in store.root.glob("*/meta.json"):
@@ -140,8 +147,8 @@ def stored(store: Store, cfg: DictConfig, sha256: str, yamls: dict[str, dict], s
             continue
         if canonical(arch) != of["arch"] or differing(train, of["train"]):
             continue
-        alike = {n: differing(y, of["attack"]) for n, y in yamls.items() if y["_target_"] == of["attack"]["_target_"]}
-        if alike:
+        same = {n: y for n, y in yamls.items() if y["_target_"] == of["attack"]["_target_"] and y.keys() == of["attack"].keys()}
+        if alike := {n: differing(y, of["attack"]) for n, y in same.items()}:
             name = min(alike, key=lambda n: len(alike[n]))
             found.setdefault(name, []).append(Kept(path.parent.name, of, alike[name], path.stat().st_mtime))
     return {name: min(those, key=lambda k: (len(k.changed), k.id not in scores, -k.written)) for name, those in found.items()}

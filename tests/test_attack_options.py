@@ -16,7 +16,7 @@ from bdx.adversarial import Budget, hardened
 from bdx.attacks.base import Attack
 from bdx.configure import compose
 from bdx.errors import UserError
-from bdx.evaluate import asr_scrambled, look, score
+from bdx.evaluate import look, score, scrambled_asr
 from bdx.info import rows
 from bdx.recipe import of_backdoor
 from bdx.run import build_defense, check, control
@@ -234,14 +234,14 @@ def test_a_scrambled_trigger_tells_whether_the_pattern_is_needed(asks, expected,
     test = Split.clean(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.arange(12) % 10)
     found = score(look(Net(), attack, test))
     assert found["asr"] == 1
-    assert control(attack, Net(), test, 1.0, screen) == {"asr_scrambled_before": expected, "asr_scrambled": expected}
+    assert control(attack, Net(), test, 1.0, screen) == {"scrambled_asr_before": expected, "scrambled_asr": expected}
     assert [h[:46] for h in heard] == [s[:46] for s in said]
 
 
 @pytest.mark.parametrize("attack", ["none", "multi"])
 def test_without_one_trigger_nothing_is_scrambled(attack, digits):
     found = build_attack(digits, f"attack={attack}")
-    assert asr_scrambled(found.net, found, digits.test) is None
+    assert scrambled_asr(found.net, found, digits.test) is None
 
 
 def test_a_row_names_every_trigger(cell):

@@ -60,7 +60,7 @@ def test_the_row_says_what_it_is(trained):
     assert all(0 <= v <= 1 for v in scores(row))
     assert row["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert 0 <= row["acc_reserved"] <= 1
-    assert row["asr_scrambled"] < 0.5  # digits and a white corner: noise is no trigger
+    assert row["scrambled_asr"] < 0.5  # digits and a white corner: noise is no trigger
     assert {"seconds_attack", "seconds_defense", "peak_memory", "commit", "device", "data_sha256", "backdoor"} <= set(row)
 
 
