@@ -203,7 +203,8 @@ def show(lines: list[dict], refused: list[str], later: list[str], dataset: str) 
         table.add_column(head, no_wrap=True, justify="left" if i < 4 or head == "changed keys" else "right")
     for of in lines:
         table.add_row(*(of[h] for h in heads))
-    console.width = max(console.width, 200 if "ACC" in heads else 120)
+    console.width = 1000  # as wide as it needs: half a number is none
+    console.width = console.measure(table).maximum
     console.print(table)
     for text in refused:
         console.print(f"not on {dataset}: {text}", soft_wrap=True)

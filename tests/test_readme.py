@@ -67,7 +67,8 @@ def test_means_over_seeds_stand_beside_the_printed_number():
     ]  # fmt: skip
 
 
-def test_backdoors_are_shown_as_the_newest_row_found_them():
+def test_backdoors_are_shown_as_the_newest_row_found_them(monkeypatch):
+    monkeypatch.setattr(readme, "trigger_looks", dict)  # a table of them lies beside the rows or not
     late = COMMON | {"finished": "2026-11-22T00:00:00+00:00", "acc_before": 0.5, "seconds_attack": 90.0}
     rows = [measured("badnets", "npd"), measured("badnets", "none", acc_before=0.7), measured("badnets", "npd_tp", **late)]
     _, _, line = table(written(rows), "cpu_scale_attacks")
