@@ -69,7 +69,8 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
         for note in defense.notes:
             screen.say(note)
         keep(defense, tracker, folder)
-        after = look(archs.load(paths["nets"] / id), attack, data.test)  # what lies on disk is what the row describes
+        net = archs.load(paths["nets"] / id)  # what lies on disk is what the row describes
+        after = look(net, attack, data.test)
         if attack.has_trigger:
             draw_trigger(attack, data.test, folder / "trigger.png")
             tracker.picture(folder / "trigger.png")

@@ -16,7 +16,7 @@ from bdx.attacks.base import Attack
 from bdx.configure import CONF, compose
 from bdx.errors import UserError
 from bdx.info import rows, source, value
-from bdx.triggers import Looks, looks, ssim, triggers
+from bdx.triggers import Looks, differing, looks, ssim, triggers
 
 ATTACKS = names("attack")
 
@@ -65,6 +65,11 @@ def test_info_shows_the_type_without_torch():
     assert found["given"] == "needs a file of weights; no trigger is known"
     code = "import sys; from bdx.cli import dispatch; dispatch(['info', 'attacks']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_an_inner_key_is_named_with_dots_and_a_later_one_does_not_count():
+    yaml = {"lr": 0.1, "mask": {"epochs": 25, "lr": 1.0}, "later": 1}
+    assert differing(yaml, {"lr": 0.1, "mask": {"epochs": 4, "lr": 1}}) == ("mask.epochs=4",)
 
 
 # numbers
