@@ -56,12 +56,13 @@ class Table:
 @dataclass(frozen=True)
 class Scale:
     """words: before all others. replaces: groups of which a table's choice does not count. divide: ending of a key ->
-    what the whole numbers there are divided by, at least 1 being left."""
+    what the whole numbers there are divided by, at least 1 being left. also: word of a cell -> words that come with it."""
 
     name: str
     words: tuple[str, ...]
     replaces: tuple[str, ...]
     divide: dict[str, float]
+    also: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def scale(name: str, root: Path = EXPERIMENTS) -> Scale:
     if name not in have:
         raise UserError(f"scale={name}: expected {', '.join(have)}{nearest(name, have)}")
     node = read(root / "scale" / f"{name}.yaml")
-    return Scale(name, tuple(node["words"]), tuple(node["replaces"]), node["divide"])
+    return Scale(name, tuple(node["words"]), tuple(node["replaces"]), node["divide"], node["also"])
 
 
 def key(word: str) -> str:
@@ -186,13 +187,15 @@ def whole(cell: Cell, scale: Scale, composer: Composer) -> Cell:
     """The cell with the words of its scale, or with what it lacks."""
     if lacks := [w for w in cell.words if key(w) in CANDIDATE and w.partition("=")[2] not in choices(key(w))]:
         return replace(cell, lacks=", ".join(lacks))
+    given = {key(w) for w in cell.words}
+    words = (*cell.words, *(w for word in cell.words for w in scale.also.get(word, ()) if key(w) not in given))
     try:
-        plain = composer.plain(cell.words)
+        plain = composer.plain(words)
     except UserError as e:
         return replace(cell, lacks=str(e))
-    given = {key(w) for w in cell.words}
-    short = [f"{k}={n}" for k, n in shorter(plain["defense"], "defense", scale.divide) if k not in given]
-    return replace(cell, words=(*cell.words, *short))
+    given = {key(w) for w in words}
+    short = [s for group in ("attack", "defense") for s in shorter(plain[group], group, scale.divide)]
+    return replace(cell, words=(*words, *(f"{k}={n}" for k, n in short if k not in given)))
 
 
 def shorter(node: dict, at: str, divide: dict) -> list[tuple[str, int]]:

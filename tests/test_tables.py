@@ -107,7 +107,7 @@ def test_an_id_is_the_one_that_the_run_itself_has(name, scale):
     assert COMPOSER.config(cell.words).asked == compose(list(cell.words)).asked
 
 
-def test_a_scale_shortens_a_defense_and_replaces_the_net():
+def test_a_scale_shortens_an_attack_and_a_defense_and_replaces_the_net():
     (cell,) = (c for c in cells("npd2023/table01", "cpu", "attack=badnets", "defense=npd"))
     assert set(cell.words) >= {"experiment=cpu_scale", "defense.epochs=17", "defense.warmup_epochs=2"}
     assert not any(w.startswith(("dataset=", "arch=")) for w in cell.words)
@@ -115,6 +115,11 @@ def test_a_scale_shortens_a_defense_and_replaces_the_net():
     assert "defense.epochs=9" in cell.words  # what the user says is not divided
     (cell,) = cells("tnr2022/table01", "cpu", "attack=blend", "defense=tnr")
     assert set(cell.words) >= {"defense.trap.epochs=16", "defense.replace.epochs=33"}
+    for words, left in (((), "4"), (("attack.mask.epochs=2",), "2")):  # what comes with an attack gives way to the user's
+        (cell,) = cells("npd2023/table01", "cpu", "attack=input_aware", "defense=none", *words)
+        assert f"attack.mask.epochs={left}" in cell.words and "attack.mask.schedule.milestones=[2,3]" in cell.words
+    (cell,) = cells("npd2023/table01", "smoke", "attack=trojan", "defense=none")
+    assert "attack.steps=1" in cell.words
     (cell,) = cells("npd2023/table12", "paper", "attack=badnets", "defense=npd")
     assert set(cell.words) >= {"arch=vgg19_bn", "dataset=cifar10"}
 
