@@ -77,6 +77,16 @@ def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> No
         say(f"results: {len(others)} files there are no rows: {', '.join(others[:5])}{' …' * (len(others) > 5)}", markup=False)
 
 
+def listed(todo: list[Cell], say) -> None:
+    """The cells to do, those of a line being alike but in the last axis."""
+    lines = defaultdict(list)
+    for cell in todo:
+        *first, (last, value) = cell.at.items()
+        lines[", ".join(f"{k}={v}" for k, v in first), last].append(value)
+    for (first, last), values in lines.items():
+        say(f"  to do: {first}{', ' * bool(first)}{last}={','.join(values)}", markup=False)
+
+
 def wanting(missing: list[Cell]) -> str:
     """What bdx lacks, by name, and in how many cells."""
     lacking = defaultdict(int)

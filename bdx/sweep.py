@@ -21,7 +21,7 @@ from bdx.engines.base import Engine, Job, Outcome
 from bdx.errors import UserError, nearest
 from bdx.forecast import spoken
 from bdx.grid import Cell
-from bdx.plan import Plan, overview, plan, show
+from bdx.plan import Plan, listed, overview, plan, show
 
 OPTIONS = ("scale", "engine", "slots")
 HELP = """bdx sweep: run what is missing of a paper's table
@@ -129,6 +129,8 @@ def sweep(argv: list[str]) -> int:
     found = plan(table, scale, words, composer, fetch=not (dry := "--dry-run" in argv))
     todo = found.todo
     show(name, found, todo, composer, say)
+    if dry:
+        listed(todo, say)
     if dry or not todo:
         say(f"planned in {time.monotonic() - started:.1f} s; its rows: bdx table {name} scale={scale.name}")
         return 0
