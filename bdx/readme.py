@@ -7,95 +7,22 @@ import re
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import mean
 
-from bdx import grid, metrics, results
+from bdx import grid, metrics, recipe, results
+from bdx.chosen import PRESET, SCALE, Setting, first, ours, settings, words
 from bdx.comparison import printed
 from bdx.composer import Composer
-from bdx.configure import CONF, show, summary
+from bdx.configure import CONF, compose, summary
 from bdx.errors import UserError
-from bdx.grid import Cell
-from bdx.tables import number
 
 MARKED = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
-PRESET, SCALE = "cpu_scale", "cpu"
 PAPERS = {"npd2023/table01": "NPD", "d32024/table01": "D3", "tnr2022/table01": "T&R"}
+REPAIRS = ["attack, ACC / ASR before", "defense", "changed keys", "ACC / ASR / RA", "DER", "n", "in print: before → after, DER"]
 LOOKS = ("L2", "L∞ of 255", "PSNR dB", "SSIM")  # columns of `bdx info triggers`
 ALIKE = {"T&R": {"badnets": "badnet_white"}, "NPD": {"blend": "blended"}, "D3": {"blend": "blended"}}  # ours: the paper's
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A method as it was run: changed: the keys that differ from its YAML, as words; rows: one for each seed."""
-
-    attack: str
-    defense: str
-    changed: tuple[str, ...]
-    rows: tuple[dict, ...]
-
-    def scores(self, *names: str) -> str:
-        """Means over the seeds, in percent; of a net before its repair, one for each backdoor."""
-        return " / ".join(number([r[k] for r in self.rows if r.get(k) is not None], k) for k in names)
-
-
-def words(row: dict) -> tuple[str, ...]:
-    """What was asked for by hand, in whatever order."""
-    return tuple(sorted(f"{k}={show(v)}" for k, v in row.items() if "." in k))
-
-
-def ours(rows: Iterable[dict], composer: Composer) -> tuple[list[dict], set[str]]:
-    """(the preset's rows, ids of those that its configuration of today makes).
-
-    A row does not name its preset: its id tells. One whose id no configuration makes any more, because a recipe has got
-    new keys since, counts if its data set, net and training are the preset's and it was measured on a CPU.
-    """
-    names = composer.plain((f"experiment={PRESET}",))["names"]
-    kept, current = [], set()
-    for row in rows:
-        if any(row[k] != names[k] for k in ("dataset", "arch", "train")):
-            continue
-        if made(row, composer) == row["id"]:
-            current.add(row["id"])
-        elif not row["device"].startswith("cpu"):
-            continue
-        kept.append(row)
-    return kept, current
-
-
-def made(row: dict, composer: Composer) -> str | None:
-    """The id that a run with the names and words of `row` has today."""
-    asked = (f"experiment={PRESET}", f"attack={row['attack']}", f"defense={row['defense']}", f"seed={row['seed']}", *words(row))
-    try:
-        return grid.ids(asked, composer, row["data_sha256"])[0]
-    except UserError:  # a method or a key that is gone
-        return None
-
-
-def settings(rows: list[dict], current: set[str], own=lambda word: True) -> list[Setting]:
-    """Rows by attack, defense and those words that `own` picks; of two with one seed the row of today's recipe counts,
-    then the newer."""
-    groups: dict[tuple, dict[int, dict]] = defaultdict(dict)
-    for row in sorted(rows, key=lambda r: (r["id"] in current, r["finished"])):
-        groups[row["attack"], row["defense"], tuple(w for w in words(row) if own(w))][row["seed"]] = row
-    return [Setting(*of, tuple(by.values())) for of, by in sorted(groups.items())]
-
-
-def first(found: list[Setting], composer: Composer) -> tuple[list[Setting], list[Setting]]:
-    """(one setting for each attack and defense, all others): that of `scale=cpu` where it is measured, else the one with
-    the fewest changed keys."""
-    groups: dict[tuple, list[Setting]] = defaultdict(list)
-    for s in found:
-        groups[s.attack, s.defense].append(s)
-    chosen = []
-    for (attack, defense), of in groups.items():
-        cell = Cell({}, (f"experiment={PRESET}", f"attack={attack}", f"defense={defense}"))
-        scaled = {w for w in grid.whole(cell, grid.scale(SCALE), composer).words if w.startswith("defense.")}
-        chosen.append(min(of, key=lambda s: (set(s.changed) != scaled, len(s.changed), s.changed)))
-    return chosen, [s for s in found if s not in chosen]
 
 
 @cache
@@ -129,15 +56,6 @@ def theirs(attack: str, defense: str, known: dict) -> str:
 def repairs(rows: list[dict], current: set[str], composer: Composer) -> str:
     known = in_print()
     chosen, more = first(settings([r for r in rows if r["defense"] != "none"], current), composer)
-    head = [
-        "attack, ACC / ASR before",
-        "defense",
-        "changed keys",
-        "ACC / ASR / RA",
-        "DER",
-        "n",
-        "in print: before → after, DER",
-    ]
 
     def lines(of: list[Setting]) -> list[list[str]]:
         made, last = [], None
@@ -156,9 +74,9 @@ def repairs(rows: list[dict], current: set[str], composer: Composer) -> str:
         "In print: full-size nets and recipes, which is another setting; for Trap-and-Replace also another net (WRN16-1) and "
         "trigger in place of `badnets` (`badnet_white`); beside `blend` NPD's and D3's Blended, which draws other images."
     )
-    fold = ["", f"<details><summary>{len(more)} other settings of the same defenses</summary>", "", *rule(head, lines(more))]
+    fold = ["", f"<details><summary>{len(more)} other settings of the same defenses</summary>", "", *rule(REPAIRS, lines(more))]
     about = textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False)
-    return "\n".join([about, "", *rule(head, lines(chosen)), *([*fold, "", "</details>"] if more else [])])
+    return "\n".join([about, "", *rule(REPAIRS, lines(chosen)), *([*fold, "", "</details>"] if more else [])])
 
 
 def trigger_looks() -> dict[str, dict[str, str]]:
@@ -187,16 +105,40 @@ def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
         seconds = f"{mean(r['seconds_attack'] for r in s.rows):.0f}"
         changed = ", ".join(f"`{w}`" for w in s.changed)
         of = next((looks[r["backdoor"]] for r in s.rows if r.get("backdoor") in looks), {})
-        numbers = (
-            s.scores("acc_before", "asr_before"),
-            *(of.get(k, "–") for k in shown),
-            images,
-            seconds,
-            str(len(s.rows)),
-            undefended(s.attack) or "–",
-        )
-        lines.append([f"`{s.attack}`", changed, *numbers])
+        numbers = s.scores("acc_before", "asr_before"), *(of.get(k, "–") for k in shown), images, seconds, str(len(s.rows))
+        lines.append([f"`{s.attack}`", changed, *numbers, undefended(s.attack) or "–"])
     return "\n".join(["The backdoors themselves, before any repair:", "", *rule(head, lines)])
+
+
+def detections(_rows: list[dict], _current: set[str], _composer: Composer) -> str:
+    """A line for each detector, a column for each attack, of the rows in results/detections that today's recipes make."""
+    found = results.rows(grid.EXPERIMENTS / "results" / "detections")
+    kept = [r for r in found if of_today(r)]
+    if not kept:
+        return "No detection has been measured yet."
+    names = sorted({r["attack"] for r in kept})
+    lines: dict[tuple, dict[str, str]] = defaultdict(dict)
+    for r in kept:
+        changed = ", ".join(f"`{w}`" for w in words(r))
+        text = f"{100 * r['auc']:.1f} ({100 * r['tpr']:.1f} / {100 * r['fpr']:.1f})"
+        lines[f"`{r['detector']}`", changed, f"{r['judged']}, {r['n']:,}"][r["attack"]] = text
+    about = (
+        "Which images carry a trigger? AUC (TPR / FPR at the method's own threshold) in percent, seed 0; judged is the "
+        "poisoned training set, or clean and triggered test images."
+    )
+    table = [[*of, *(by.get(a, "–") for a in names)] for of, by in sorted(lines.items())]
+    about = textwrap.fill(about, 120)
+    return "\n".join([about, "", *rule(["detector", "changed keys", "judged", *(f"`{a}`" for a in names)], table)])
+
+
+def of_today(row: dict) -> bool:
+    """Whether the preset's configuration of today makes this detection's id."""
+    asked = (f"{k}={row[k]}" for k in ("detector", "attack", "seed"))
+    try:
+        cfg = compose([f"experiment={PRESET}", *asked, *words(row)])
+    except UserError:
+        return False
+    return recipe.digest(recipe.of_detection(cfg, row["data_sha256"])) == row["id"]
 
 
 def measured_on(rows: list[dict], current: set[str]) -> str:
@@ -221,7 +163,7 @@ def rule(head: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
 
 
-MAKERS = {PRESET: repairs, f"{PRESET}_attacks": attacks}
+MAKERS = {PRESET: repairs, f"{PRESET}_attacks": attacks, f"{PRESET}_detections": detections}
 
 
 def written(text: str, rows: list[dict], composer: Composer) -> str:

@@ -6,13 +6,17 @@ import pytest
 from conftest import ROOT
 from test_tables import cells, row
 
-from bdx import grid, readme, results
+from bdx import chosen, grid, readme, recipe, results
 from bdx.composer import Composer
 from bdx.configure import compose
 from bdx.errors import UserError
 
 COMPOSER = Composer()
-EMPTY = "a\n<!-- table:cpu_scale -->\nold\n<!-- /table -->\nb\n<!-- table:cpu_scale_attacks -->\n<!-- /table -->\nc\n"
+EMPTY = (
+    "a\n<!-- table:cpu_scale -->\nold\n<!-- /table -->\nb\n<!-- table:cpu_scale_attacks -->\n<!-- /table -->\n"
+    "<!-- table:cpu_scale_detections -->\n<!-- /table -->\nc\n"
+)
+
 NAME = "npd2023/table01"
 COMMON = {
     "ra_before": 0.0, "ra": 0.75, "n_test": 10000, "n_reserved": 2500, "n_poisoned": 5000, "seconds_attack": 60.0,
@@ -26,7 +30,7 @@ def measured(attack: str, defense: str, seed: int = 0, *words: str, **scores) ->
     given = [w for w in (words or cell.words) if "." in w.partition("=")[0]]
     asked = compose(["experiment=cpu_scale", *given]).asked
     found = row(cell, seed) | COMMON | scores | dict(asked)
-    return found | {"id": readme.made(found, COMPOSER)}
+    return found | {"id": chosen.made(found, COMPOSER)}
 
 
 def written(rows, text: str = EMPTY) -> str:
@@ -47,13 +51,12 @@ def test_readme_is_current():
 
 def test_every_row_of_the_preset_stands_in_the_readme():
     rows = results.rows(ROOT / "experiments" / "results")
-    (chosen, more) = readme.first(
-        readme.settings([r for r in readme.ours(rows, COMPOSER)[0] if r["defense"] != "none"], set()), COMPOSER
-    )
-    shown = {r["id"] for s in (*chosen, *more) for r in s.rows}
+    repairs = [r for r in chosen.ours(rows, COMPOSER)[0] if r["defense"] != "none"]
+    first, more = chosen.first(chosen.settings(repairs, set()), COMPOSER)
+    shown = {r["id"] for s in (*first, *more) for r in s.rows}
     assert shown == {r["id"] for r in rows if r["dataset"] == "cifar10" and r["defense"] != "none"}
     text = (ROOT / "README.md").read_text()
-    assert all(s.scores("acc", "asr", "ra") in text for s in (*chosen, *more))
+    assert all(s.scores("acc", "asr", "ra") in text for s in (*first, *more))
 
 
 def test_means_over_seeds_stand_beside_the_printed_number():
@@ -111,6 +114,30 @@ def test_rows_of_another_preset_are_left_out_and_older_ones_are_counted():
     assert table(written([old]), "cpu_scale")[2][1] == "`npd` †"
 
 
+def test_detections_stand_by_detector_and_attack_and_those_of_older_recipes_are_left_out(tmp_path, monkeypatch):
+    def detection(attack: str, auc: float, *asked: str, **other) -> dict:
+        cfg = compose(["experiment=cpu_scale", f"attack={attack}", "detector=ac", *asked])
+        found = {"id": recipe.digest(recipe.of_detection(cfg, "0" * 64)), "detector": "ac", "attack": attack, "seed": 0}
+        found |= {"auc": auc, "tpr": 0.5, "fpr": 0.25, "judged": "train", "n": 50000, "data_sha256": "0" * 64}
+        return found | dict(w.split("=") for w in asked) | other
+
+    folder = tmp_path / "results" / "detections"
+    monkeypatch.setattr(readme.grid, "EXPERIMENTS", tmp_path)
+    assert "No detection has been measured yet." in written([measured("badnets", "npd")])
+    folder.mkdir(parents=True)
+    for of in (
+        detection("badnets", 0.9), detection("sig", 0.4), detection("sig", 0.7, "detector.reduce=pca"),
+        detection("blended", 0.1, id="f" * 16),
+    ):  # fmt: skip
+        results.write(folder, of)
+    head, _, *lines = table(written([measured("badnets", "npd")]), "cpu_scale_detections")
+    assert head == ["detector", "changed keys", "judged", "`badnets`", "`sig`"]
+    assert lines == [
+        ["`ac`", "", "train, 50,000", "90.0 (50.0 / 25.0)", "40.0 (50.0 / 25.0)"],
+        ["`ac`", "`detector.reduce=pca`", "train, 50,000", "–", "70.0 (50.0 / 25.0)"],
+    ]
+
+
 def test_what_stands_outside_the_markers_is_kept_and_no_rows_say_so():
     text = written([])
     assert text.startswith("a\n<!-- table:cpu_scale -->\nNo row has been measured yet.\n<!-- /table -->\nb\n")
@@ -134,7 +161,7 @@ def test_trap_and_replace_is_compared_with_its_own_triggers():
 
 
 def test_the_file_is_written_whole_and_a_missing_one_is_named(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(results, "rows", lambda folder: [measured("badnets", "npd")])
+    monkeypatch.setattr(results, "rows", lambda folder: [measured("badnets", "npd")] * (folder.name == "results"))
     path = tmp_path / "README.md"
     path.write_text(EMPTY)
     readme.main([str(path)])
