@@ -81,6 +81,6 @@ def first(found: list[Setting], composer: Composer) -> tuple[list[Setting], list
     chosen = []
     for (attack, defense), of in groups.items():
         cell = Cell({}, (f"experiment={PRESET}", f"attack={attack}", f"defense={defense}"))
-        scaled = {w for w in grid.whole(cell, grid.scale(SCALE), composer).words if w.startswith("defense.")}
+        scaled = {w for w in grid.whole(cell, grid.scale(SCALE), composer).words if "." in w.partition("=")[0]}
         chosen.append(min(of, key=lambda s: (set(s.changed) != scaled, len(s.changed), s.changed)))
     return chosen, [s for s in found if s not in chosen]

@@ -17,6 +17,7 @@ from bdx.comparison import printed
 from bdx.composer import Composer
 from bdx.configure import CONF, compose, summary
 from bdx.errors import UserError
+from bdx.tables import number
 
 MARKED = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 PAPERS = {"npd2023/table01": "NPD", "d32024/table01": "D3", "tnr2022/table01": "T&R"}
@@ -117,16 +118,19 @@ def detections(_rows: list[dict], _current: set[str], _composer: Composer) -> st
     if not kept:
         return "No detection has been measured yet."
     names = sorted({r["attack"] for r in kept})
-    lines: dict[tuple, dict[str, str]] = defaultdict(dict)
+    lines: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for r in kept:
         changed = ", ".join(f"`{w}`" for w in words(r))
-        text = f"{100 * r['auc']:.1f} ({100 * r['tpr']:.1f} / {100 * r['fpr']:.1f})"
-        lines[f"`{r['detector']}`", changed, f"{r['judged']}, {r['n']:,}"][r["attack"]] = text
+        lines[f"`{r['detector']}`", changed, f"{r['judged']}, {r['n']:,}"][r["attack"]].append(r)
+
+    def cell(seeds: list[dict]) -> str:
+        return "{} ({} / {})".format(*(number([r[k] for r in seeds], k) for k in ("auc", "tpr", "fpr"))) if seeds else "–"
+
     about = (
-        "Which images carry a trigger? AUC (TPR / FPR at the method's own threshold) in percent, seed 0; judged is the "
-        "poisoned training set, or clean and triggered test images."
+        "Which images carry a trigger? AUC (TPR / FPR at the method's own threshold) in percent; judged is the poisoned "
+        "training set, or clean and triggered test images."
     )
-    table = [[*of, *(by.get(a, "–") for a in names)] for of, by in sorted(lines.items())]
+    table = [[*of, *(cell(by[a]) for a in names)] for of, by in sorted(lines.items())]
     about = textwrap.fill(about, 120)
     return "\n".join([about, "", *rule(["detector", "changed keys", "judged", *(f"`{a}`" for a in names)], table)])
 

@@ -133,8 +133,8 @@ def test_detections_stand_by_detector_and_attack_and_those_of_older_recipes_are_
     head, _, *lines = table(written([measured("badnets", "npd")]), "cpu_scale_detections")
     assert head == ["detector", "changed keys", "judged", "`badnets`", "`sig`"]
     assert lines == [
-        ["`ac`", "", "train, 50,000", "90.0 (50.0 / 25.0)", "40.0 (50.0 / 25.0)"],
-        ["`ac`", "`detector.reduce=pca`", "train, 50,000", "–", "70.0 (50.0 / 25.0)"],
+        ["`ac`", "", "train, 50,000", "90.00 (50.00 / 25.00)", "40.00 (50.00 / 25.00)"],
+        ["`ac`", "`detector.reduce=pca`", "train, 50,000", "–", "70.00 (50.00 / 25.00)"],
     ]
 
 
