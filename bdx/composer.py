@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from bdx.configure import CONF, NAMED, groups, named, parse
+from bdx.configure import CONF, NAMED, compose, groups, named, parse
 from bdx.errors import UserError, nearest
 
 APART = ("attack", "defense")  # groups whose choice shapes their own node and nothing else
@@ -62,11 +62,17 @@ class Composer:
         for o in asked:
             if o.key_or_group not in chosen:
                 put(found, o)
+        if "parts" in found["attack"]:  # each is a configuration of its own
+            found = OmegaConf.to_container(compose(list(words)))
+            del found["asked"]
+            return found
         return found | {"names": {g: choices[g] for g in NAMED}}
 
     def config(self, words: tuple[str, ...]) -> DictConfig:
         """The same as configure.compose(words), for words that are known to be right."""
         plain = self.plain(words)
+        if "parts" in plain["attack"]:
+            return compose(list(words))
         names = plain.pop("names")
         return named(OmegaConf.create(plain), names, list(words))
 

@@ -97,8 +97,18 @@ def test_the_average_follows_the_rule_of_the_paper(name, defense):
 @pytest.mark.parametrize("name", ["npd2023/table01", "npd2023/table05", "tnr2022/table08", "cnpd2025/table02"])
 def test_an_id_is_the_one_that_the_run_itself_has(name, scale):
     """The sweep puts configurations together faster than Hydra; the recipe must be the same to the last key."""
-    runnable = [c for c in cells(name, scale) if not c.lacks]
-    cell = runnable[-1]
+    agree([c for c in cells(name, scale) if not c.lacks][-1])
+
+
+def test_an_id_is_the_one_that_a_run_with_several_triggers_has():
+    """Each of them is a configuration of its own."""
+    parts = "attack.parts=[{attack:badnets,target:0},{attack:sig,target:2,ratio:0.01}]"
+    for words in ((), (parts, "attack.ratio=0.05")):
+        (cell,) = cells("npd2023/table01", "smoke", "attack=multi", "defense=npd", *words)
+        agree(cell)
+
+
+def agree(cell) -> None:
     cfg = compose(list(cell.words))
     wanted = recipe.digest(recipe.of_run(cfg, IMAGES)), recipe.digest(recipe.of_backdoor(cfg, IMAGES))
     assert grid.ids(cell.words, COMPOSER, IMAGES) == wanted
