@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 SPREAD := -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast test-engines lint sweep table report readme bench clean
+.PHONY: help setup demo test test-fast test-effects test-engines lint sweep table report readme bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,7 +31,10 @@ test: $(STAMP)  ## the whole suite, at most 12 minutes on 2 cores
 	$(BIN)/python -m pytest $(SPREAD)
 
 test-fast: $(STAMP)  ## without what trains for longer, at most 3 minutes
-	$(BIN)/python -m pytest $(SPREAD) -m 'not slow'
+	$(BIN)/python -m pytest $(SPREAD) -m 'not slow and not engines and not effects'
+
+test-effects: $(STAMP)  ## trains every attack on digits until it works, 3 minutes on 2 cores
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m effects tests/test_effects.py
 
 test-engines: $(STAMP)  ## sweeps on a SLURM and a Ray of this machine's own, which it installs as root (apt-get, pip)
 	@.ci/engines $(BIN)/python
