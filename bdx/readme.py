@@ -124,7 +124,8 @@ def detections(_rows: list[dict], _current: set[str], _composer: Composer) -> st
         lines[f"`{r['detector']}`", changed, f"{r['judged']}, {r['n']:,}"][r["attack"]].append(r)
 
     def cell(seeds: list[dict]) -> str:
-        return "{} ({} / {})".format(*(number([r[k] for r in seeds], k) for k in ("auc", "tpr", "fpr"))) if seeds else "–"
+        scores = (number([r[k] for r in seeds if r[k] is not None], k) for k in ("auc", "tpr", "fpr"))
+        return "{} ({} / {})".format(*scores) if seeds else "–"
 
     about = (
         "Which images carry a trigger? AUC (TPR / FPR at the method's own threshold) in percent; judged is the poisoned "

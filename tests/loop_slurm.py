@@ -134,7 +134,7 @@ class Loop:
         until(lambda: self.run("sinfo", "-h", "-o", "%T").stdout.split() == ["idle"])
 
     def make_database(self) -> None:
-        """Once in many runs it fails where others of its kind start beside it; what it says is shown the third time."""
+        """It has failed once, for a reason not seen, beside another of its kind; what it says the third time is shown."""
         where = f"--datadir={self.at}/db"
         install = ["mariadb-install-db", "--no-defaults", "--user=root", where, "--skip-test-db"]
         for _ in range(3):
