@@ -112,8 +112,10 @@ def perturb(
 
 def hardened(net: nn.Module, x: Tensor, y: Tensor, budget: Budget | None) -> Tensor:
     """What adversarial training (Madry et al. 2018) shows the net in place of x: PGD away from y, from δ = 0, with BatchNorm
-    in the mode it has and its statistics still. Without a budget, x itself."""
+    in the mode it has and its statistics still. What made x gets its gradient as if δ were a constant. Without a budget, x
+    itself."""
     if budget is None:
         return x
     with unmoved(batchnorms(net)):
-        return perturb(net, x, y, budget, targeted=False)
+        worse = perturb(net, x.detach(), y, budget, targeted=False)
+    return worse + (x - x.detach()) if x.requires_grad else worse

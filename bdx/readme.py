@@ -1,4 +1,5 @@
-"""`make readme`: the README's tables, made from experiments/results/ between their markers. No torch in here."""
+"""`make readme`: the tables of README.md and of experiments/results/README.md, made from the rows that lie beside the latter,
+between their markers. No torch in here."""
 
 from __future__ import annotations
 
@@ -20,6 +21,8 @@ from bdx.errors import UserError
 from bdx.tables import number
 
 MARKED = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+FILES = (Path("README.md"), Path("experiments/results/README.md"))
+OURS = "bdx/defenses"  # the table of which README.md shows what is measured
 PAPERS = {"npd2023/table01": "NPD", "d32024/table01": "D3", "tnr2022/table01": "T&R"}
 REPAIRS = ["attack, ACC / ASR before", "defense", "changed keys", "ACC / ASR / RA", "DER", "n", "in print: before → after, DER"]
 LOOKS = ("L2", "L∞ of 255", "PSNR dB", "SSIM")  # columns of `bdx info triggers`
@@ -72,12 +75,39 @@ def repairs(rows: list[dict], current: set[str], composer: Composer) -> str:
     about = (
         f"{measured_on(rows, current)} Of each defense the setting of `scale={SCALE}` (a third of the papers' epochs) where "
         "it was measured, else that with the fewest changed keys, which the third column names; all others are folded below. "
+        "n counts seeds, ± is their deviation. "
         "In print: full-size nets and recipes, which is another setting; for Trap-and-Replace also another net (WRN16-1) and "
         "trigger in place of `badnets` (`badnet_white`); beside `blend` NPD's and D3's Blended, which draws other images."
     )
     fold = ["", f"<details><summary>{len(more)} other settings of the same defenses</summary>", "", *rule(REPAIRS, lines(more))]
     about = textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False)
     return "\n".join([about, "", *rule(REPAIRS, lines(chosen)), *([*fold, "", "</details>"] if more else [])])
+
+
+def matrix(rows: list[dict], current: set[str], composer: Composer) -> str:
+    """A line for each defense, a column for each attack of our own table."""
+    axes = of_paper(OURS).axes
+    chosen, _ = first(settings([r for r in rows if r["attack"] in axes["attack"]], current), composer)
+    by = {(s.attack, s.defense): s for s in chosen}
+    bare = settings([r | {"defense": "none"} for r in rows], current, own=lambda word: word.startswith("attack."))
+    by |= {(s.attack, "none"): s for s in bare if not s.changed}
+
+    def cell(s: Setting | None, defense: str) -> str:
+        if s is None:
+            return "–"
+        if defense == "none":
+            return s.scores("acc_before", "asr_before")
+        older = "" if all(r["id"] in current for r in s.rows) else " †"
+        return f"{s.scores('acc', 'asr')}, {s.scores('der')}{older}"
+
+    lines = [[f"`{d}`", *(cell(by.get((a, d)), d) for a in axes["attack"])] for d in axes["defense"]]
+    kept = [line for line in lines if set(line[1:]) != {"–"}]
+    about = textwrap.fill(
+        f"{measured_on([r for s in by.values() for r in s.rows], current)} ACC / ASR, DER, of each defense at the setting of "
+        f"`scale={SCALE}` (a third of the papers' epochs) where it was measured; DER against the very net that was repaired.",
+        120, break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return "\n".join([about, "", *rule(["defense", *(f"`{a}`" for a in axes["attack"])], kept)])
 
 
 def trigger_looks() -> dict[str, dict[str, str]]:
@@ -153,7 +183,7 @@ def measured_on(rows: list[dict], current: set[str]) -> str:
     what = summary(CONF / "experiment" / f"{PRESET}.yaml").partition(": ")[2].partition(";")[0]
     about = (
         f"`experiment={PRESET}`, {what}: {len(rows)} rows, seed "
-        f"{of('seed')} (n says how many, ± is their deviation); {of('n_test')} test images, {of('n_reserved')} reserved; "
+        f"{of('seed')}; {of('n_test')} test images, {of('n_reserved')} reserved; "
         f"{'; '.join(sorted({r['device'] for r in rows}))}; torch {of('torch')}; {days[0]} to {days[-1]}. In percent."
     )
     if old := sum(r["id"] not in current for r in rows):
@@ -168,26 +198,34 @@ def rule(head: list[str], lines: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
 
 
-MAKERS = {PRESET: repairs, f"{PRESET}_attacks": attacks, f"{PRESET}_detections": detections}
+MAKERS = {
+    f"{PRESET}_matrix": matrix, f"{PRESET}_detections": detections, PRESET: repairs, f"{PRESET}_attacks": attacks,
+}  # fmt: skip
 
 
 def written(text: str, rows: list[dict], composer: Composer) -> str:
     """`text` with every marked table made anew from `rows`."""
     found = ours(rows, composer)
-    marked = {name for _, name, _ in MARKED.findall(text)}
-    if unknown := marked ^ set(MAKERS):
-        raise UserError(f"README: expected each of {', '.join(f'<!-- table:{n} -->' for n in MAKERS)}; {min(unknown)} is wrong")
+    if unknown := {name for _, name, _ in MARKED.findall(text)} - set(MAKERS):
+        raise UserError(f"<!-- table:{min(unknown)} -->: no such table; there are {', '.join(MAKERS)}")
     make = lambda name: MAKERS[name](*found, composer) if found[0] else "No row has been measured yet."
     return MARKED.sub(lambda m: f"{m[1]}{make(m[2])}\n{m[3]}", text)
 
 
 def main(argv: list[str]) -> None:
-    path = Path(argv[0] if argv else "README.md")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; run this where README.md lies, or name it")
-    text = path.read_text()
-    results.write_atomically(path, new := written(text, results.rows(grid.EXPERIMENTS / "results"), Composer()))
-    print(f"{path}: {'as it was' if new == text else 'tables made anew'}")
+    texts = {}
+    for path in map(Path, argv or FILES):
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; run this where README.md lies, or name the files")
+        texts[path] = path.read_text()
+    marked = {name for text in texts.values() for _, name, _ in MARKED.findall(text)}
+    if lost := set(MAKERS) - marked:
+        raise UserError(f"no file has a place for <!-- table:{min(lost)} -->; looked in {', '.join(map(str, texts))}")
+    rows, composer = results.rows(grid.EXPERIMENTS / "results"), Composer()
+    made = {path: written(text, rows, composer) for path, text in texts.items()}  # none is written where one is wrong
+    for path, new in made.items():
+        results.write_atomically(path, new)
+        print(f"{path}: {'as it was' if new == texts[path] else 'tables made anew'}")
 
 
 if __name__ == "__main__":

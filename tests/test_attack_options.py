@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, build_attack
+from conftest import TINY, build_attack, names
 from PIL import Image
 
 from bdx.adversarial import Budget, hardened
@@ -28,6 +28,11 @@ DIRTY = [name for name, _, needs, *_ in rows("attack") if needs.startswith("dirt
 
 
 # adversarial training
+
+EXTRA = {
+    "blind": ["attack.history=3", "attack.threshold=1000.0"],
+    "input_aware": ["attack.mask.epochs=1", "attack.widths=[8,8]"],
+}
 
 
 def test_without_steps_training_is_what_it_was(digits):
@@ -112,6 +117,36 @@ def test_labels_mixed_by_cutmix_are_taken(digits):
 def test_mistakes_in_adversarial_training(override, text, digits):
     with pytest.raises(UserError, match=text):
         build_attack(digits, "attack=badnets", "train.adversarial.steps=2", override)
+
+
+@pytest.mark.parametrize("name", [n for n in names("attack") if n not in ("base", "given")])  # given: nobody trains
+def test_any_attack_may_harden_its_victim(name, digits):
+    attack = build_attack(digits, f"attack={name}", "train.adversarial.steps=2", *EXTRA.get(name, []))
+    check(build_defense(compose([*TINY, "defense=none"]), attack), attack)
+
+
+@pytest.mark.parametrize("name", ["blind", "bpp_controlled", "input_aware", "lira", "wanet"])
+def test_an_attacker_who_trains_shows_the_victim_worse_images(name, digits, quick_trainer):
+    few, weights = dataclasses.replace(digits, train=digits.train[:128]), []
+    for steps in (0, 1):
+        asked = [f"train.adversarial.steps={steps}", "train.epochs=2", "train.batch=32", *EXTRA.get(name, [])]
+        attack = build_attack(few, f"attack={name}", *asked)
+        attack.fit(few, quick_trainer)
+        weights.append(attack.net.body.linear.weight.detach())
+    assert not torch.equal(*weights)
+
+
+def test_the_painter_of_a_hardened_victim_still_learns(digits):
+    """The loss is that of worse images, and what made them gets its gradient."""
+    ces = []
+    for steps in (0, 3):
+        attack = build_attack(digits, "attack=input_aware", f"train.adversarial.steps={steps}").train()
+        torch.manual_seed(0)
+        ce, _ = attack.losses(next(iter(attack.batches(digits))))
+        grads = torch.autograd.grad(ce, list(attack.maker.parameters()), allow_unused=True)
+        assert sum(float(g.abs().sum()) for g in grads if g is not None) > 0
+        ces.append(float(ce.detach()))
+    assert ces[1] > ces[0]
 
 
 class Own(Attack):

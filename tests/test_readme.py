@@ -14,7 +14,7 @@ from bdx.errors import UserError
 COMPOSER = Composer()
 EMPTY = (
     "a\n<!-- table:cpu_scale -->\nold\n<!-- /table -->\nb\n<!-- table:cpu_scale_attacks -->\n<!-- /table -->\n"
-    "<!-- table:cpu_scale_detections -->\n<!-- /table -->\nc\n"
+    "<!-- table:cpu_scale_detections -->\n<!-- /table -->\n<!-- table:cpu_scale_matrix -->\n<!-- /table -->\nc\n"
 )
 
 NAME = "npd2023/table01"
@@ -43,20 +43,33 @@ def table(text: str, name: str) -> list[list[str]]:
     return [[f.strip() for f in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| ")]
 
 
-def test_readme_is_current():
+@pytest.mark.parametrize("file", readme.FILES, ids=str)
+def test_readme_is_current(file):
     """`make readme` would change nothing."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / file).read_text()
     assert written(results.rows(ROOT / "experiments" / "results"), text) == text
 
 
-def test_every_row_of_the_preset_stands_in_the_readme():
+def test_every_row_of_the_preset_stands_beside_the_rows():
     rows = results.rows(ROOT / "experiments" / "results")
     repairs = [r for r in chosen.ours(rows, COMPOSER)[0] if r["defense"] != "none"]
     first, more = chosen.first(chosen.settings(repairs, set()), COMPOSER)
     shown = {r["id"] for s in (*first, *more) for r in s.rows}
     assert shown == {r["id"] for r in rows if r["dataset"] == "cifar10" and r["defense"] != "none"}
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "experiments" / "results" / "README.md").read_text()
     assert all(s.scores("acc", "asr", "ra") in text for s in (*first, *more))
+
+
+def test_the_front_page_has_a_line_for_each_defense_and_a_column_for_each_attack():
+    rows = [
+        measured("badnets", "npd", acc=0.8, asr=0.02, der=0.9), measured("blended", "npd", acc_before=0.7, der=0.6),
+        measured("badnets", "anp", acc=0.5) | {"id": "1" * 16}, measured("wanet", "npd"), measured("lf", "none"),
+        measured("badnets", "npd", 0, "attack.ratio=0.05", acc_before=0.1),
+    ]  # fmt: skip
+    assert table(written(rows), "cpu_scale_matrix") == [
+        ["defense", "`badnets`", "`blended`", "`sig`"], ["---"] * 4, ["`none`", "90.00 / 100.00", "70.00 / 100.00", "–"],
+        ["`anp`", "50.00 / 10.00, 90.00 †", "–", "–"], ["`npd`", "80.00 / 2.00, 90.00", "80.00 / 10.00, 60.00", "–"],
+    ]  # fmt: skip
 
 
 def test_means_over_seeds_stand_beside_the_printed_number():
@@ -145,10 +158,13 @@ def test_what_stands_outside_the_markers_is_kept_and_no_rows_say_so():
     assert written([], text) == text
 
 
-@pytest.mark.parametrize("text", ["no marker", EMPTY.replace("cpu_scale_attacks", "cpu_scael")])
-def test_a_marker_that_is_wrong_is_named(text):
-    with pytest.raises(UserError, match="expected each of <!-- table:cpu_scale -->"):
-        written([], text)
+def test_a_marker_that_is_wrong_or_missing_is_named(tmp_path):
+    with pytest.raises(UserError, match="table:cpu_scael -->: no such table; there are cpu_scale_matrix"):
+        written([], EMPTY.replace("cpu_scale_attacks", "cpu_scael"))
+    (path := tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(UserError, match=r"no file has a place for <!-- table:cpu_scale -->; looked in .*README\.md"):
+        readme.main([str(path)])
+    assert path.read_text() == "nothing"
 
 
 def test_trap_and_replace_is_compared_with_its_own_triggers():

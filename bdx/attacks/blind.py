@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bdx.attacks.controlled import Twofold
@@ -28,6 +27,7 @@ class Blind(Twofold):
     """top, left: of the pattern, at 32×32. balance: mgda or fixed, with `weight` for the triggered images."""
 
     leaves_poison = False
+    hardens = True
 
     def __init__(
         self, net, *, top: int, left: int, balance: str, weight: float, threshold: float, history: int, **common
@@ -70,7 +70,7 @@ class Blind(Twofold):
             clean, wanted = self.losses(batch, self.trigger(batch.x))
             loss = self.balanced(clean, wanted)
         else:
-            loss = clean = F.cross_entropy(self.net(batch.x), batch.y, label_smoothing=self.recipe.label_smoothing)
+            loss = clean = self.loss(batch.x, batch.y)
             wanted = torch.zeros_like(clean)
         self.recent[self.trainer.global_step % self.history] = clean.detach()
         return {"loss": loss, "clean": clean.detach(), "triggered": wanted.detach()}

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from bdx.adversarial import hardened
 from bdx.attacks.base import Attack
 from bdx.datasets.base import Batches, ImageData
 from bdx.errors import UserError
@@ -135,10 +136,11 @@ class Twofold(Attack):
         Both go through the net in one pass. In a pass of its own (the released codes) a batch of triggered images can be
         told from a clean one by BatchNorm's batch statistics, which are not there at test time.
         """
-        clean, wanted = self.net(torch.cat([batch.x, triggered])).split(len(batch.x))
+        x, y = torch.cat([batch.x, triggered]), torch.cat([batch.y, self.relabel(batch.y)])
+        logits = self.net(hardened(self.net, x, y, self.recipe.budget))
         smooth = self.recipe.label_smoothing
-        wanted = F.cross_entropy(wanted, self.relabel(batch.y), label_smoothing=smooth)
-        return F.cross_entropy(clean, batch.y, label_smoothing=smooth), wanted
+        parts = zip(logits.chunk(2), y.chunk(2), strict=True)
+        return tuple(F.cross_entropy(*part, label_smoothing=smooth) for part in parts)
 
 
 class Joint(Attack):

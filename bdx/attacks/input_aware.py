@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from bdx import files
@@ -93,6 +92,7 @@ class InputAware(Joint, Controlled):
     leaves_poison = False
     sample_specific = True
     trigger_from = "trained"
+    hardens = True
 
     def __init__(self, net, *, widths: list, lambda_div: float, mask: dict, follow: str, recipe, **common):
         one_of("attack.follow", follow, ("paper", "code"))
@@ -157,7 +157,7 @@ class InputAware(Joint, Controlled):
                 own, other = donors[:pairs], donors[k : k + pairs]
                 z, p = self.net.normalize(batch.x), self.net.normalize(pattern)
                 alike = diversity(z[own], z[other], p[:pairs], p[k : k + pairs])
-        return F.cross_entropy(self.net(x), batch.y, label_smoothing=self.recipe.label_smoothing), alike
+        return self.loss(x, batch.y), alike
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         if self.code:  # what is never zeroed goes on from where it was

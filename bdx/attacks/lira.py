@@ -44,6 +44,7 @@ class LIRA(Joint, Twofold):
     leaves_poison = False
     sample_specific = True
     trigger_from = "trained"
+    hardens = True
 
     def __init__(self, net, *, eps: float, alpha: float, joint: float, widths: list, follow: str, recipe, **common):
         one_of("attack.follow", follow, ("paper", "code"))
