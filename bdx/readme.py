@@ -188,7 +188,7 @@ def measured_on(rows: list[dict], current: set[str]) -> str:
     )
     if old := sum(r["id"] not in current for r in rows):
         about += (
-            f" {old} of them, marked †, were measured before something in their recipe changed (see Limits): no command of "
+            f" {old} of them, marked †, were measured before something in their recipe changed: no command of "
             "today makes their ids, so `bdx table` leaves them out."
         )
     return about

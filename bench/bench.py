@@ -5,6 +5,7 @@ On a CPU one thread's CPU seconds count (not its waits), on a GPU wall time. Ima
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -139,6 +140,7 @@ def main() -> None:
         for figure in chain.from_iterable(BENCHES[n](Place(device, device == "cuda", args.quick, args.full)) for n in names):
             rows.append({"device": device, **asdict(figure)})
             table.add_row(*figure.row())
+            print("  ".join(filter(None, figure.row())), file=sys.stderr, flush=True)  # as they come: all of it takes long
         console.print(table)
     console.print(machine, soft_wrap=True)
     if args.json:
