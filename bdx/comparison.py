@@ -206,6 +206,21 @@ def pairs(table: Table, entries: list[Entry]) -> tuple[list[float], int]:
     return found, len(mine)
 
 
+def retrained(rows: Iterable[dict]) -> str | None:
+    """A sentence on recipes whose net was trained more than once, where rows of one attack are of different weights: on
+    another machine or torch one seed gives other ones. Rows say which: by their net's scores before any repair."""
+    nets: dict[tuple, set[tuple]] = {}
+    for r in rows:
+        if r.get("backdoor"):
+            nets.setdefault((r["attack"], r["backdoor"]), set()).add((r["acc_before"], r["asr_before"]))
+    twice = {attack: sorted(scores, key=str) for (attack, _), scores in nets.items() if len(scores) > 1}
+    if not twice:
+        return None
+    pair = lambda scores: " / ".join("–" if s is None else f"{100 * s:.2f}" for s in scores)
+    found = "; ".join(f"{attack} {', '.join(map(pair, scores))}" for attack, scores in sorted(twice.items()))
+    return f"trained more than once by one recipe (ACC / ASR before; each DER is against its own net): {found}"
+
+
 def chosen(entry: Entry, where: dict) -> bool:
     return all(norm(entry.cell.at.get(k)) == norm(v) for k, v in where.items())
 

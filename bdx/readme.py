@@ -14,7 +14,7 @@ from statistics import mean
 
 from bdx import grid, metrics, recipe, results
 from bdx.chosen import PRESET, SCALE, Setting, first, ours, settings, words
-from bdx.comparison import printed
+from bdx.comparison import printed, retrained
 from bdx.composer import Composer
 from bdx.configure import CONF, compose, summary
 from bdx.errors import UserError
@@ -102,11 +102,13 @@ def matrix(rows: list[dict], current: set[str], composer: Composer) -> str:
 
     lines = [[f"`{d}`", *(cell(by.get((a, d)), d) for a in axes["attack"])] for d in axes["defense"]]
     kept = [line for line in lines if set(line[1:]) != {"–"}]
-    about = textwrap.fill(
-        f"{measured_on([r for s in by.values() for r in s.rows], current)} ACC / ASR, DER, of each defense at the setting of "
-        f"`scale={SCALE}` (a third of the papers' epochs) where it was measured; DER against the very net that was repaired.",
-        120, break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
+    of = list({r["id"]: r for s in by.values() for r in s.rows}.values())
+    twice = f" Nets {told}." if (told := retrained(of)) else ""
+    about = (
+        f"{measured_on(of, current)} ACC / ASR, DER, of each defense at the setting of `scale={SCALE}` (a third of the papers' "
+        f"epochs) where it was measured.{twice}"
+    )
+    about = textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False)
     return "\n".join([about, "", *rule(["defense", *(f"`{a}`" for a in axes["attack"])], kept)])
 
 

@@ -177,8 +177,8 @@ def row_of(cfg, id, backdoor, data, before: Seen, after: Seen, seconds: float, d
         "seconds_attack": backdoor.meta["seconds"], "seconds_defense": seconds, "peak_memory": peak_memory(device),
         "n_test": len(data.test), "n_reserved": len(data.clean), "n_poisoned": backdoor.meta["poisoned_images"],
         "precision": cfg.train.precision, "device": device_name(device), "torch": of["torch"], "commit": of["commit"],
-        "lightning": of["pytorch-lightning"], "backdoor": backdoor.id, "data_sha256": data.sha256,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "lightning": of["pytorch-lightning"], "backdoor": backdoor.id, "backdoor_sha256": backdoor.meta["sha256"],
+        "data_sha256": data.sha256, "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip
 
 

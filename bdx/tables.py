@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from bdx import grid, results
-from bdx.comparison import SCORES, Entry, agreement, averages, collect, judged, marks
+from bdx.comparison import SCORES, Entry, agreement, averages, collect, judged, marks, retrained
 from bdx.composer import Composer, resolve
 from bdx.errors import UserError, one_of
 from bdx.grid import Table
@@ -77,6 +77,8 @@ def notes(table: Table, entries: list[Entry]) -> list[str]:
         days = sorted(r["finished"][:10] for r in rows if r.get("finished"))
         about = "; ".join(f"{k} {', '.join(v)}" for k, v in of.items())
         found.append(f"{len(rows)} rows; {about}; {days[0]} to {days[-1]}" if days else f"{len(rows)} rows; {about}")
+    if twice := retrained(rows):
+        found.append(twice)
     if lacks := sorted({e.cell.lacks for e in entries if e.cell.lacks}):
         found.append(f"missing: {len([e for e in entries if e.cell.lacks])} cells, for want of {'; '.join(lacks)}")
     return found

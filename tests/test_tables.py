@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from bdx import grid, layout, recipe, tables
 from bdx.agreement import tau, verdict
-from bdx.comparison import Entry, averages, collect, fixed, judged, marks, printed, printed_cells, same
+from bdx.comparison import Entry, averages, collect, fixed, judged, marks, printed, printed_cells, retrained, same
 from bdx.composer import Composer
 from bdx.configure import compose
 from bdx.errors import UserError
@@ -73,6 +73,13 @@ def test_the_printed_numbers_of_a_cell_are_its_own():
     assert paper("tnr2022/table04", **{"attack": "sig", "defense.stages": "trap"}) == {"asr": 97.24, "acc": 81.10}
     assert paper("tnr2022/table12", attack="smooth_gtsrb", defense="tnr") == {"asr": 0.11, "acc": 96.12}
     assert paper("npd2023/table15", **{"arch": "densenet161", "attack": "ssba", "defense": "none"})["asr"] == 84.13
+
+
+def test_a_backdoor_that_was_trained_twice_is_named_with_both_scores():
+    row = {"attack": "badnets", "backdoor": "a", "acc_before": 0.9, "asr_before": 1.0}
+    other_seed, clean = row | {"backdoor": "b", "acc_before": 0.8}, {"attack": "none", "acc_before": 0.95, "asr_before": None}
+    assert retrained([row, dict(row), other_seed, clean, clean | {"backdoor": "c"}]) is None
+    assert retrained([row | {"acc_before": 0.91}, other_seed, row]).endswith(": badnets 90.00 / 100.00, 91.00 / 100.00")
 
 
 def paper(name: str, **at: str) -> dict:
