@@ -12,11 +12,12 @@ class UserError(ValueError):
 
 def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
     """' (did you mean a, b?)', or nothing where nothing is near."""
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=n, cutoff=0.5)
-    # a dotted name may be right but for the place it stands in
-    tail = name.rsplit(".", 1)[-1]
-    near += [o for o in names if o not in near and o.rsplit(".", 1)[-1] == tail][: n - len(near)]
+    names, tail = list(dict.fromkeys(names)), name.rsplit(".", 1)[-1]
+    alike = difflib.get_close_matches(name, names, n=n, cutoff=0.5)
+    # a dotted name may be right but for the place it stands in: defense.lr is defense.optimizer.lr
+    moved = [o for o in names if o.rsplit(".", 1)[-1] == tail]
+    group = [o for o in moved if o.partition(".")[0] == name.partition(".")[0]]
+    near = list(dict.fromkeys([*group, *alike, *moved]))[:n]
     return f" (did you mean {', '.join(near)}?)" if near else ""
 
 

@@ -142,6 +142,7 @@ for argv, wanted in {LIGHT!r}:
 MISTAKES = [
     ("attack.rato=0.1", r"attack\.rato: no such key \(did you mean attack\.ratio\b"),
     ("epochs=3", r"epochs: no such key \(did you mean .*train\.epochs"),
+    ("defense.lr=3", r"defense\.lr: no such key \(did you mean defense\.optimizer\.lr, "),
     ("atack=badnets", r"atack: no such key \(did you mean attack"),
     ("train.optimizer.momentun=0.8", r"did you mean train\.optimizer\.momentum\b"),
     (
