@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdx.errors import UserError
-from bdx.split import Split, pixels
+from bdx.split import Split, pieces, pixels
 from bdx.surgery import mode
 
 
@@ -39,11 +39,10 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def losses(net: nn.Module, split: Split, loss: Callable, size: int = 500) -> Tensor:
+def losses(net: nn.Module, split: Split, loss: Callable) -> Tensor:
     """loss(logits, y) -> (n,), for every image as it is, net in eval mode: (N,)."""
     with mode(net, False):
-        parts = zip(split.x.split(size), split.y.split(size), strict=True)
-        return torch.cat([loss(net(pixels(x)), y) for x, y in parts])
+        return torch.cat([loss(net(pixels(x)), y) for x, y in pieces(split.x, split.y)])
 
 
 def lowest(score: Tensor, share: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from bdx import surgery
 from bdx.errors import UserError, one_of
-from bdx.split import Split, pixels
+from bdx.split import Split, pieces, pixels
 
 LINEAR_MAPS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
@@ -202,11 +202,11 @@ class Replay:
             yield threshold, accuracy(net, split)
 
     @torch.no_grad()
-    def behind(self, net: nn.Module, module: str, split: Split, size: int = 1000) -> list[tuple[float, float]]:
+    def behind(self, net: nn.Module, module: str, split: Split) -> list[tuple[float, float]]:
         """The same for all, where nothing that runs before `module` is pruned: that runs once."""
         right, whole = torch.zeros(len(self.grid), dtype=torch.long, device=split.x.device), nn.Sequential(net)
         with surgery.mode(net, False):
-            for x, y in zip(split.x.split(size), split.y.split(size), strict=True):
+            for x, y in pieces(split.x, split.y):
                 with surgery.shared_prefix(whole, f"0.{module}"):
                     right += torch.stack([(whole(pixels(x)).argmax(1) == y).sum() for _ in self.at(net)])
         return [(threshold, n / len(split)) for threshold, n in zip(self.grid, right.tolist(), strict=True)]
@@ -241,8 +241,7 @@ def thresholds(step: float, last: float) -> list[float]:
 
 
 @torch.no_grad()
-def accuracy(net: nn.Module, split: Split, size: int = 1000) -> float:
+def accuracy(net: nn.Module, split: Split) -> float:
     """Share of `split` that the net, in eval mode, puts into the class of its label."""
     with surgery.mode(net, False):
-        parts = zip(split.x.split(size), split.y.split(size), strict=True)
-        return int(sum((net(pixels(x)).argmax(1) == y).sum() for x, y in parts)) / len(split)
+        return int(sum((net(pixels(x)).argmax(1) == y).sum() for x, y in pieces(split.x, split.y))) / len(split)

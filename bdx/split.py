@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -53,6 +54,13 @@ class Split:
 
     def to(self, device) -> Split:
         return Split(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def pieces(x: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Images x (N,C,H,W), and what else there is of each (N, …), in the pieces that go through a net fastest where nothing is
+    kept for gradients: on a CPU as many as its cache holds (1.8 times as fast as a thousand), on a GPU enough to fill it."""
+    size = max(1, (2000 if x.is_cuda else 100) * 1024 // (x.shape[2] * x.shape[3]))
+    return zip(*(t.split(size) for t in (x, *more)), strict=True)
 
 
 def pixels(x: Tensor) -> Tensor:

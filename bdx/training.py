@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bdx.adversarial import Budget
 from bdx.augment import augmentation
 from bdx.errors import UserError
-from bdx.split import pixels
+from bdx.split import pieces, pixels
 from bdx.surgery import mode
 
 logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # its adverts and hardware lines at every fit
@@ -224,7 +224,7 @@ def make_trainer(
 
 
 @torch.no_grad()
-def predict(net: nn.Module, x: Tensor, size: int = 1000) -> Tensor:
+def predict(net: nn.Module, x: Tensor) -> Tensor:
     """Class predictions (N,) of the net in eval mode for x (N,C,H,W) uint8, on x's device, in full precision."""
     with mode(net, False):
-        return torch.cat([net(pixels(part)).argmax(1) for part in x.split(size)])
+        return torch.cat([net(pixels(part)).argmax(1) for (part,) in pieces(x)])

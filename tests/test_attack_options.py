@@ -269,7 +269,8 @@ def test_a_scrambled_trigger_tells_whether_the_pattern_is_needed(asks, expected,
     test = Split.clean(torch.zeros(12, 3, 32, 32, dtype=torch.uint8), torch.arange(12) % 10)
     found = score(look(Net(), attack, test))
     assert found["asr"] == 1
-    assert control(attack, Net(), test, 1.0, screen) == {"scrambled_asr_before": expected, "scrambled_asr": expected}
+    assert scrambled_asr(Net(), attack, test) == expected
+    assert control(0.5, expected, 1.0, screen) == {"scrambled_asr_before": 0.5, "scrambled_asr": expected}
     assert [h[:46] for h in heard] == [s[:46] for s in said]
 
 

@@ -26,7 +26,7 @@ from bdx.augment import Augment
 from bdx.configure import compose
 from bdx.datasets.base import Batches, ImageData, cache_path, load, reserve
 from bdx.errors import UserError
-from bdx.split import Split, pixels
+from bdx.split import Split, pieces, pixels
 
 SHARED = ROOT.parent / "shared"
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -88,6 +88,14 @@ def test_a_clean_split_is_untouched():
     assert len(split) == 6
     assert torch.equal(split.y, split.y_true)
     assert not split.poisoned.any()
+
+
+@pytest.mark.parametrize(("n", "side", "sizes"), [(250, 32, [100, 100, 50]), (30, 64, [25, 5]), (2, 512, [1, 1]), (0, 32, [0])])
+def test_pieces_hold_as_many_images_as_fit_a_cache_and_all_of_them(n, side, sizes):
+    x, y = torch.zeros(n, 1, side, side, dtype=torch.uint8), torch.arange(n)
+    found = list(pieces(x, y))
+    assert [len(part) for part, _ in found] == sizes
+    assert torch.equal(torch.cat([labels for _, labels in found]), y)
 
 
 def test_pixels_are_fractions_of_255_channels_last():

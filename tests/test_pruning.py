@@ -166,7 +166,7 @@ def planted(correct: dict[float, int]):
 def test_accuracy_counts_and_keeps_the_mode():
     net, _, data = planted({})
     net.train()
-    assert accuracy(net, data.clean, size=3) == 1.0
+    assert accuracy(net, data.clean) == 1.0
     assert net.training
     assert accuracy(net, Split.clean(data.clean.x, torch.arange(10) % 2)) == 0.5
 

@@ -139,6 +139,17 @@ def test_every_defense_gets_the_same_backdoor(cell):
     assert [r["asr_before"] for r in rows] == [rows[0]["asr"]] * 2
 
 
+def test_the_attacked_net_is_looked_at_once_for_all_its_repairs_and_another_one_again(cell, monkeypatch):
+    nets = []
+    monkeypatch.setattr("bdx.run.look", lambda net, *of, look=bdx.run.look: nets.append(net) or look(net, *of))
+    asked = ["train.epochs=1", "defense=ft", "defense.epochs=1"]
+    last = ["train.epochs=1", "defense=none", "seed=8"]
+    rows = [*(cell(*asked, *more) for more in (["seed=8"], ["seed=8", "defense.batch=64"], ["seed=9"])), cell(*last)]
+    assert len(nets) == 2 + 1 + 2 + 2
+    assert scores(rows[0])[:3] == scores(rows[1])[:3] == scores(rows[3])[:3] != scores(rows[2])[:3]
+    assert rows[0]["scrambled_asr_before"] == rows[3]["scrambled_asr_before"] == rows[3]["scrambled_asr"]
+
+
 def test_a_backdoor_on_other_poisoned_images_is_refused(trained, tmp_path):
     """A store that was filled by other code must not pass for this one's."""
     root, row = trained

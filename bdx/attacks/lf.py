@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bdx.attacks.made import Made, Progress
 from bdx.errors import UserError
+from bdx.split import pieces
 
 
 class LF(Made):
@@ -70,7 +71,7 @@ class LF(Made):
     @staticmethod
     @torch.no_grad()
     def classes(net: nn.Module, x: Tensor) -> Tensor:
-        return torch.cat([net(part).argmax(1) for part in x.split(500)])
+        return torch.cat([net(part).argmax(1) for (part,) in pieces(x)])
 
     def deepfool(self, net: nn.Module, x: Tensor) -> Tensor:
         """(N,C,H,W): the linearised net's shortest way from each image to the target class, a step at a time for those

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bdx.attacks.made import Made, Progress
 from bdx.datasets.base import ImageData
 from bdx.errors import UserError
+from bdx.split import pieces
 
 
 class Narcissus(Made):
@@ -54,7 +55,7 @@ class Narcissus(Made):
     def succeeds(self, net: nn.Module, noise: Tensor, data: ImageData) -> dict:
         """How many other training images the clean net itself takes for the target class."""
         x = self.images_of(data, 1000)
-        seen = [(net((p + self.amplify * noise).clamp(0, 1)).argmax(1) == self.target) for p in x.split(500)]
+        seen = [(net((p + self.amplify * noise).clamp(0, 1)).argmax(1) == self.target) for (p,) in pieces(x)]
         return {"fooled": float(torch.cat(seen).float().mean())}
 
     def training_trigger(self, x: Tensor, index: Tensor) -> Tensor:

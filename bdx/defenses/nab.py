@@ -21,7 +21,7 @@ from bdx.datasets.base import ImageData
 from bdx.defenses.base import Staged
 from bdx.errors import UserError, one_of
 from bdx.isolation import HOLDS, cross_entropy, losses, lowest, shares
-from bdx.split import Split, pixels
+from bdx.split import Split, pieces, pixels
 from bdx.views import View
 
 
@@ -84,7 +84,7 @@ class NAB(Staged):
     @torch.no_grad()
     def encode(self, at: str, train: Split) -> Tensor:
         with surgery.mode(self.net, False):
-            return torch.cat([surgery.features(self.net, at, pixels(x)) for x in train.x.split(500)])
+            return torch.cat([surgery.features(self.net, at, pixels(x)) for (x,) in pieces(train.x)])
 
     def held(self, batch) -> Tensor:
         return self.hold(F.cross_entropy(self.net(batch.x), batch.y), self.gamma)

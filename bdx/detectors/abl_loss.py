@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from bdx.archs.base import fresh
 from bdx.detectors.base import Detector
 from bdx.errors import UserError, one_of
-from bdx.split import pixels
-from bdx.surgery import mode
+from bdx.isolation import cross_entropy, losses
 from bdx.training import at_least_one, optimizers, try_out
 
 
@@ -51,7 +50,7 @@ class ABLLoss(Detector):
         how = {"size": self.batch, "shuffle": True, "augment": self.augment, "drop_last": True}
         early = Early(fresh(net), self)
         make_trainer("abl_loss", self.epochs).fit(early.train(), data.batches(split, **how))
-        return -losses(early.net.to(split.x.device), split.x, split.y)
+        return -losses(early.net.to(split.x.device), split, cross_entropy)
 
     def loss(self, ce: Tensor) -> Tensor:
         """ce: (N,), of each image."""
@@ -77,11 +76,3 @@ class Early(pl.LightningModule):
 
     def configure_optimizers(self):
         return optimizers(self.net.parameters(), self.how.optimizer, self.how.schedule)
-
-
-@torch.no_grad()
-def losses(net: nn.Module, x: Tensor, y: Tensor, size: int = 1000) -> Tensor:
-    """(N,) cross-entropy of each image, the net in eval mode."""
-    with mode(net, False):
-        parts = zip(x.split(size), y.split(size), strict=True)
-        return torch.cat([F.cross_entropy(net(pixels(a)), b, reduction="none") for a, b in parts])

@@ -10,7 +10,7 @@ from torch import Generator, Tensor, nn
 from bdx import places
 from bdx.datasets.base import ImageData
 from bdx.errors import UserError, one_of
-from bdx.split import Split, pixels
+from bdx.split import Split, pieces, pixels
 from bdx.surgery import mode, watch_input
 from bdx.training import at_least_one
 
@@ -63,11 +63,11 @@ def classes(y: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 @torch.no_grad()
-def inputs(net: nn.Module, at: str, x: Tensor, size: int = 500) -> Tensor:
+def inputs(net: nn.Module, at: str, x: Tensor) -> Tensor:
     """What the module named `at` gets for x (N,C,H,W) uint8: (N, …) float, the net in eval mode."""
     found = []
     with watch_input(net, at, lambda z: found.append(z.float())), mode(net, False):
-        for part in x.split(size):
+        for (part,) in pieces(x):
             net(pixels(part))
     return torch.cat(found)
 
