@@ -231,6 +231,11 @@ class Curve(nn.Module):
         defense.facts |= {"threshold": self.chosen, "silent_channels": sum(int((m.weight == 0).sum()) for m in norms)}
         if len(self.thresholds):
             defense.extras["curve"] = self
+        if self.chosen is None:
+            defense.notes.append(
+                f"{type(defense).__name__} prunes nothing: at its first threshold, {float(self.thresholds[0]):g}, the accuracy on "
+                f"the reserved images is {float(self.accuracies[0]):.1%}, which is more than defense.max_drop below what it was"
+            )
 
 
 def thresholds(step: float, last: float) -> list[float]:

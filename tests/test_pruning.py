@@ -187,6 +187,18 @@ def test_the_last_threshold_within_the_budget(max_drop, chosen, looked_at):
         assert accuracy(net, data.clean) == correct[chosen] / 10
 
 
+@pytest.mark.parametrize(("max_drop", "said"), [(0.1, []), (0.05, ["RNP prunes nothing: at its first threshold, 0.1, "])])
+def test_that_nothing_may_be_pruned_is_said(max_drop, said):
+    class RNP(SimpleNamespace):
+        pass
+
+    net, prune, data = planted({0.1: 9, 0.2: 3, 0.3: 10, 0.4: 10})
+    defense = RNP(net=net, notes=[], facts={}, extras={})
+    Rule("accuracy", 0.0, max_drop).prune(net, prune, STEPS, data).report(defense)
+    assert [note[: len(said[0])] for note in defense.notes] == said
+    assert all("90.0%" in note for note in defense.notes)
+
+
 def test_it_stops_where_the_budget_is_spent_though_more_pruning_would_fit_again():
     net, prune, data = planted({0.1: 9, 0.2: 3, 0.3: 10, 0.4: 10})
     assert Rule("accuracy", 0.0, 0.2).prune(net, prune, STEPS, data).chosen == 0.1
