@@ -233,8 +233,8 @@ class Curve(nn.Module):
             defense.extras["curve"] = self
         if self.chosen is None:
             defense.notes.append(
-                f"{type(defense).__name__} prunes nothing: at its first threshold, {float(self.thresholds[0]):g}, the accuracy on "
-                f"the reserved images is {float(self.accuracies[0]):.1%}, which is more than defense.max_drop below what it was"
+                f"{type(defense).__name__} prunes nothing: at its first threshold, {float(self.thresholds[0]):g}, the accuracy "
+                f"on the reserved images is {float(self.accuracies[0]):.1%}, more than defense.max_drop below what it was"
             )
 
 
