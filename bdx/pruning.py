@@ -221,8 +221,7 @@ class Curve(nn.Module):
         self.register_buffer("thresholds", torch.tensor(thresholds))
         self.register_buffer("accuracies", torch.tensor(accuracies))
         self.chosen = chosen
-        lists = {"thresholds": thresholds, "accuracies": accuracies}
-        self.spec = {"_target_": f"{__name__}.Curve", **lists, "chosen": chosen}
+        self.spec = {"_target_": f"{__name__}.Curve", "thresholds": thresholds, "accuracies": accuracies, "chosen": chosen}
 
     def report(self, defense) -> None:
         """Leave the curve, the threshold and how many BatchNorm channels are silent for the run to keep."""
@@ -232,10 +231,9 @@ class Curve(nn.Module):
         if len(self.thresholds):
             defense.extras["curve"] = self
         if self.chosen is None:
-            defense.notes.append(
-                f"{type(defense).__name__} prunes nothing: at its first threshold, {float(self.thresholds[0]):g}, the accuracy "
-                f"on the reserved images is {float(self.accuracies[0]):.1%}, more than defense.max_drop below what it was"
-            )
+            about = f"at its first threshold, {float(self.thresholds[0]):g}, the accuracy on the reserved images"
+            cost = f"{float(self.accuracies[0]):.1%}, more than defense.max_drop below what it was"
+            defense.notes.append(f"{type(defense).__name__} prunes nothing: {about} is {cost}")
 
 
 def thresholds(step: float, last: float) -> list[float]:
