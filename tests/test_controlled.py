@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -395,6 +396,29 @@ def test_sharpness_aware_training_sees_one_batch_twice(name, digits, quick_train
     assert len(set(map(float, seen))) == len(seen) // 2
 
 
+@pytest.mark.parametrize("name", ["lira", "input_aware"])
+def test_beside_a_generator_the_victims_gradient_is_that_of_its_worst_weights(name, digits, quick_trainer):
+    """ASAM's move e = ρ w²g / ‖|w|g‖: e / |w| has length ρ. The generator's weights stay, its statistics move once."""
+    attack = quick(digits, name, "train.sam_rho=1.5")
+    seen, losses = [], attack.losses
+
+    def watched(*args):
+        seen.append([copy.deepcopy(m.state_dict()) for m in (attack.net, attack.maker)])
+        return losses(*args)
+
+    attack.losses = watched
+    attack.fit(few(digits), quick_trainer)
+    assert len(seen) > 3
+    weights, painters = dict(attack.net.named_parameters()), dict(attack.maker.named_parameters())
+    for (first, maker), (second, still) in zip(seen[::2], seen[1::2], strict=True):
+        moved = [((second[k] - first[k]) / first[k].abs()).nan_to_num(0.0).flatten() for k in weights]
+        assert float(torch.cat(moved).norm()) == pytest.approx(1.5, rel=1e-2)
+        assert all(torch.equal(maker[k], still[k]) for k in painters)
+    if name == "input_aware":  # LIRA's generator has a pass of its own in between
+        for (_, second), (_, after) in zip(seen[1::2], seen[2::2], strict=False):
+            assert all(torch.equal(second[k], after[k]) for k in second if "running" in k)
+
+
 @pytest.mark.parametrize(
     ("name", "override", "text"),
     [
@@ -407,8 +431,6 @@ def test_sharpness_aware_training_sees_one_batch_twice(name, digits, quick_train
         ("lira", "attack.ratio=0.1", "LIRA triggers every image of a step; leave it at 1.0"),
         ("lira", "attack.widths=[8,8,8,8,8,8]", "images of 32×32 cannot be halved 6 times"),
         ("lira", "attack.eps=0.0", "expected shares above 0"),
-        ("lira", "train.sam_rho=1.0", r"sam_rho=1.0: LIRA trains two nets in one step"),
-        ("input_aware", "train.sam_rho=1.0", r"InputAware trains two nets in one step"),
         ("input_aware", "train.precision=16-mixed", "InputAware has two optimizers"),
         ("blind", "train.precision=16-mixed", "mgda compares gradients"),
         ("input_aware", "dataset.augment.cutmix=1.0", "InputAware triggers images after augmentation"),
@@ -425,6 +447,11 @@ def test_sharpness_aware_training_sees_one_batch_twice(name, digits, quick_train
 def test_mistakes_are_named_before_training(name, override, text, digits):
     with pytest.raises(UserError, match=text):
         quick(digits, name, override)
+
+
+def test_gradients_that_add_up_are_refused_where_a_step_has_two_passes(digits):
+    with pytest.raises(UserError, match=r"sam_rho=1.0: a sharpness-aware step has two passes.*take attack.follow=paper"):
+        quick(digits, "input_aware", "attack.follow=code", "train.epochs=6", "train.sam_rho=1.0")
 
 
 def test_a_training_too_short_for_it_is_refused(digits, quick_trainer):

@@ -6,7 +6,7 @@ triggered. Joint: a network that makes triggers is trained along with the victim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from bdx.adversarial import hardened
 from bdx.attacks.base import Attack
 from bdx.datasets.base import Batches, ImageData
 from bdx.errors import UserError
+from bdx.sharpness import sharpness_aware
 from bdx.split import pixels
 from bdx.training import optimizers, try_out
 
@@ -158,15 +159,16 @@ class Joint(Attack):
                 f"train.precision=16-mixed: {type(self).__name__} has two optimizers, and this precision scales the gradients "
                 "for one; set train.precision=bf16-mixed or 32-true"
             )
-        if self.recipe.sam_rho:
-            raise UserError(
-                f"train.sam_rho={self.recipe.sam_rho}: {type(self).__name__} trains two nets in one step, and sharpness-"
-                "aware minimisation is for one; set train.sam_rho=0.0 or take an attack without a generator"
-            )
 
     def configure_optimizers(self):
         made = super().configure_optimizers(), optimizers(self.maker.parameters(), **self.generator)
         return [one if isinstance(one, dict) else {"optimizer": one} for one in made]
+
+    def differentiate(self, closure: Callable):
+        """What `closure` returns, which clears the gradients and computes them; with train.sam_rho they are those at the worst
+        weights near the victim's."""
+        r = self.recipe
+        return sharpness_aware(self.net, closure, r.sam_rho, r.sam_adaptive, beside=self)() if r.sam_rho else closure()
 
     def move_rates(self) -> None:
         """Step the schedules that are due; to be called at the end of a step, which an ordinary training need not."""

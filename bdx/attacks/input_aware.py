@@ -100,6 +100,11 @@ class InputAware(Joint, Controlled):
         try_out("attack.mask", SimpleNamespace(**mask))
         self.code = follow == "code"
         if self.code:
+            if recipe.sam_rho:
+                raise UserError(
+                    f"train.sam_rho={recipe.sam_rho}: a sharpness-aware step has two passes, and with attack.follow=code the "
+                    "painter's gradients add up over passes; take attack.follow=paper"
+                )
             if recipe.epochs <= mask["epochs"]:
                 raise UserError(
                     f"train.epochs={recipe.epochs}: with attack.follow=code {mask['epochs']} of them train the mask, and "
@@ -134,11 +139,16 @@ class InputAware(Joint, Controlled):
 
     def training_step(self, batch, _):
         victim, painter = self.optimizers()
-        victim.zero_grad()
-        if not self.code:
-            painter.zero_grad()
-        ce, alike = self.losses(batch)
-        self.manual_backward(ce + self.lambda_div * alike)
+
+        def closure() -> tuple[Tensor, Tensor]:
+            victim.zero_grad()
+            if not self.code:
+                painter.zero_grad()
+            ce, alike = self.losses(batch)
+            self.manual_backward(ce + self.lambda_div * alike)
+            return ce, alike
+
+        ce, alike = self.differentiate(closure)
         for optimizer in (victim, painter):
             optimizer.step()
         self.move_rates()

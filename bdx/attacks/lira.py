@@ -86,10 +86,15 @@ class LIRA(Joint, Twofold):
                 fooled = F.cross_entropy(self.net(self.noisy(self.maker, batch.x)), self.relabel(batch.y))
             self.manual_backward(fooled, inputs=list(self.maker.parameters()))
             painter.step()
-        clean, wanted = self.losses(batch, self.trigger(batch.x))
-        loss = self.alpha * clean + (1 - self.alpha) * wanted
-        victim.zero_grad()
-        self.manual_backward(loss)
+
+        def closure() -> tuple[Tensor, ...]:
+            victim.zero_grad()
+            clean, wanted = self.losses(batch, self.trigger(batch.x))
+            loss = self.alpha * clean + (1 - self.alpha) * wanted
+            self.manual_backward(loss)
+            return loss, clean, wanted
+
+        loss, clean, wanted = self.differentiate(closure)
         victim.step()
         self.move_rates()
         return {"loss": loss.detach(), "clean": clean.detach(), "triggered": wanted.detach()}
