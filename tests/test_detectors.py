@@ -18,9 +18,10 @@ from bdx.build import instantiate
 from bdx.configure import CONF, compose
 from bdx.defenses.ac import AC
 from bdx.detection import check, judged_by, rates
-from bdx.detectors import abl_loss, beatrix, cd, scan, spectre, strip
+from bdx.detectors import beatrix, cd, scan, spectre, strip
 from bdx.detectors.base import penultimate, principal, sample
 from bdx.errors import UserError
+from bdx.isolation import cross_entropy, losses
 from bdx.run import build_defense
 from bdx.split import Split
 
@@ -443,7 +444,7 @@ def test_abl_scores_are_losses_of_a_net_of_its_own(data, victim, quick_trainer):
     split = sample(data.train, 100, 0).blind()
     scores = detector.score(victim.net, split, data, quick_trainer)
     assert (scores < 0).all()
-    assert not torch.allclose(-scores, abl_loss.losses(victim.net, split.x, split.y))
+    assert not torch.allclose(-scores, losses(victim.net, split, cross_entropy))
     flagged = detector.flag(scores, split.y)
     assert int(flagged.sum()) == 10
     assert scores[flagged].min() >= scores[~flagged].max()
