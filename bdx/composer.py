@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from bdx.configure import CONF, NAMED, compose, groups, named, parse
 from bdx.errors import UserError, nearest
 
-APART = ("attack", "defense")  # groups whose choice shapes their own node and nothing else
+APART = ("attack", "defense", "detector")  # groups whose choice shapes their own node and nothing else
 WHOLE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -66,7 +66,7 @@ class Composer:
             found = OmegaConf.to_container(compose(list(words)))
             del found["asked"]
             return found
-        return found | {"names": {g: choices[g] for g in NAMED}}
+        return found | {"names": {g: choices[g] for g in (*NAMED, "detector") if choices.get(g)}}
 
     def config(self, words: tuple[str, ...]) -> DictConfig:
         """The same as configure.compose(words), for words that are known to be right."""

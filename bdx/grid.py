@@ -22,6 +22,7 @@ from bdx.build import instantiate
 from bdx.composer import Composer, override, resolve
 from bdx.configure import HERE, options, parse, summary
 from bdx.errors import UserError, nearest
+from bdx.info import without_poison
 
 EXPERIMENTS = next(p for p in (HERE / "experiments", HERE.parent / "experiments") if p.is_dir())
 BESIDE = ("scale", "engine")  # folders in there that hold no tables
@@ -56,12 +57,14 @@ class Table:
 @dataclass(frozen=True)
 class Scale:
     """words: before all others. replaces: groups of which a table's choice does not count. divide: ending of a key ->
-    what the whole numbers there are divided by, at least 1 being left. also: word of a cell -> words that come with it."""
+    what the whole numbers there are divided by, at least 1 being left. at_most: axis -> the largest value it takes. also:
+    word of a cell -> words that come with it."""
 
     name: str
     words: tuple[str, ...]
     replaces: tuple[str, ...]
     divide: dict[str, float]
+    at_most: dict[str, int]
     also: dict[str, list[str]]
 
 
@@ -144,7 +147,7 @@ def scale(name: str, root: Path = EXPERIMENTS) -> Scale:
     if name not in have:
         raise UserError(f"scale={name}: expected {', '.join(have)}{nearest(name, have)}")
     node = read(root / "scale" / f"{name}.yaml")
-    return Scale(name, tuple(node["words"]), tuple(node["replaces"]), node["divide"], node["also"])
+    return Scale(name, tuple(node["words"]), tuple(node["replaces"]), *(node[k] for k in ("divide", "at_most", "also")))
 
 
 def key(word: str) -> str:
@@ -172,7 +175,8 @@ def cells(table: Table, scale: Scale, words: Iterable[str], composer: Composer) 
     found = []
     for point in itertools.product(*axes.values()):
         at = dict(zip(axes, point, strict=True))
-        own = [f"{k}={v}" for k, v in at.items() if k not in scale.replaces]
+        at_most = {k: min(int(v), scale.at_most[k]) for k, v in at.items() if k in scale.at_most}
+        own = [f"{k}={v}" for k, v in (at | at_most).items() if k not in scale.replaces]
         last = {key(w): w for w in (*scale.words, *wanted, *own, *left)}  # of two values for a key the later counts
         found.append(whole(Cell(at, tuple(last.values())), scale, composer))
     return found
@@ -193,6 +197,9 @@ def whole(cell: Cell, scale: Scale, composer: Composer) -> Cell:
         plain = composer.plain(words)
     except UserError as e:
         return replace(cell, lacks=str(e))
+    if without_poison(plain["attack"]["_target_"], plain["defense"]["_target_"]):
+        of = next((w for w in words if key(w) == "attack"), "its attack")
+        return replace(cell, lacks=f"a poisoned training set of {of}")
     given = {key(w) for w in words}
     short = [s for group in ("attack", "defense") for s in shorter(plain[group], group, scale.divide)]
     return replace(cell, words=(*words, *(f"{k}={n}" for k, n in short if k not in given)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -50,6 +51,14 @@ def source(dotted: str | None) -> tuple[str, dict]:
     return " ".join(paper.group(1).split()) if paper else "", inherited | own
 
 
+@cache
+def without_poison(attack: str, defense: str) -> bool:
+    """Whether the defense's class works on the poisoned training set, and the attack's class leaves none; run.check says it
+    to the user of one cell."""
+    of, by = source(attack)[1], source(defense)[1]
+    return "train" in by.get("needs", ()) and of.get("has_trigger", True) and not of.get("leaves_poison", True)
+
+
 def constant(node: ast.expr):
     """A literal, or the literal inside frozenset(…)."""
     if isinstance(node, ast.Call):
@@ -94,6 +103,8 @@ def rows(kind: str) -> list[tuple[str, str, str, str, str]]:
         path = CONF / kind / f"{name}.yaml"
         method = kind in ("attack", "defense", "detector")
         paper, declared = source(value(path, "_target_")) if method else ("", {})
+        own = re.search(r"^# Source: (.+)$", path.read_text(), re.M)  # of a method that is a setting of another one
+        paper = own.group(1) if own else paper
         said = needs(kind, declared), effort(path, declared) if kind == "defense" else ""
         found.append((name, summary(path).removeprefix(f"{name}: "), *said, paper))
     return found

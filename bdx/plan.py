@@ -63,9 +63,10 @@ def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> No
     """The plan, in a few lines."""
     runnable, missing = plan.runnable, [c for c in plan.cells if c.lacks]
     say(f"{name}: {len(plan.cells)} cells, {len(runnable)} can run, {len(runnable) - len(todo)} done, {len(todo)} to do")
-    wanted = {c.backdoor for c in runnable}
-    new = {c.backdoor for c in todo if not plan.stored(c.backdoor)}
-    say(f"backdoors: {len(wanted)}, of which {len(new)} are still to be trained")
+    wanted = {c.backdoor for c in runnable if c.run}
+    new = {c.backdoor for c in todo if c.run and not plan.stored(c.backdoor)}
+    if wanted:
+        say(f"backdoors: {len(wanted)}, of which {len(new)} are still to be trained")
     if todo:
         seconds = estimate(todo, plan.paths["results"], plan.stored, composer)
         say(f"time: {'no earlier row tells' if seconds is None else f'about {spoken(seconds)} of one slot, by earlier rows'}")

@@ -15,8 +15,8 @@ from statistics import mean
 from bdx import grid, metrics, recipe, results
 from bdx.chosen import PRESET, SCALE, Setting, first, ours, settings, words
 from bdx.comparison import printed, retrained
-from bdx.composer import Composer
-from bdx.configure import CONF, compose, summary
+from bdx.composer import Composer, resolve
+from bdx.configure import CONF, summary
 from bdx.errors import UserError
 from bdx.tables import number
 
@@ -143,10 +143,10 @@ def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
     return "\n".join(["The backdoors themselves, before any repair:", "", *rule(head, lines)])
 
 
-def detections(_rows: list[dict], _current: set[str], _composer: Composer) -> str:
+def detections(_rows: list[dict], _current: set[str], composer: Composer) -> str:
     """A line for each detector, a column for each attack, of the rows in results/detections that today's recipes make."""
     found = results.rows(grid.EXPERIMENTS / "results" / "detections")
-    kept = [r for r in found if of_today(r)]
+    kept = [r for r in found if of_today(r, composer)]
     if not kept:
         return "No detection has been measured yet."
     names = sorted({r["attack"] for r in kept})
@@ -168,14 +168,15 @@ def detections(_rows: list[dict], _current: set[str], _composer: Composer) -> st
     return "\n".join([about, "", *rule(["detector", "changed keys", "judged", *(f"`{a}`" for a in names)], table)])
 
 
-def of_today(row: dict) -> bool:
+def of_today(row: dict, composer: Composer) -> bool:
     """Whether the preset's configuration of today makes this detection's id."""
     asked = (f"{k}={row[k]}" for k in ("detector", "attack", "seed"))
     try:
-        cfg = compose([f"experiment={PRESET}", *asked, *words(row)])
+        plain = composer.plain((f"experiment={PRESET}", *asked, *words(row)))
     except UserError:
         return False
-    return recipe.digest(recipe.of_detection(cfg, row["data_sha256"])) == row["id"]
+    plain = resolve({k: v for k, v in plain.items() if k not in ("paths", "logger", "trainer")})
+    return recipe.digest(recipe.of_detection(plain, row["data_sha256"])) == row["id"]
 
 
 def measured_on(rows: list[dict], current: set[str]) -> str:

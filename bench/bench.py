@@ -1,6 +1,7 @@
 """Speed as ratios within one run: both sides take turns on the same machine, so what disturbs one disturbs the other.
 
-On a CPU one thread's CPU seconds count (not its waits), on a GPU wall time. Images are synthetic, of CIFAR's shape.
+On a CPU one thread's CPU seconds count (not its waits); with more threads, and on a GPU, wall time. Images are synthetic,
+of CIFAR's shape.
 """
 
 import argparse
@@ -127,17 +128,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that everything runs, measures little")
     parser.add_argument("--full", action="store_true", help="defenses: as many epochs as their papers say, for a GPU")
     parser.add_argument("--only", choices=BENCHES, help="; ".join(f"{n}: {f.__doc__}" for n, f in BENCHES.items()))
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU; with more than one, nothing else should run")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     console, rows = Console(width=120), []
     cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    machine = ", ".join([*cpu[:1], f"{len(cpu)} cores, 1 thread used", *gpu, f"torch {torch.__version__}"])
+    machine = ", ".join([*cpu[:1], f"{len(cpu)} cores, {args.threads} used", *gpu, f"torch {torch.__version__}"])
+    place = lambda device: Place(device, device == "cuda", args.quick, args.full, args.threads)
     for device in ["cpu", "cuda"][: 1 + len(gpu)]:
         table = Table(device, "measured", "aim", "", "note")
         names = [n for n in BENCHES if args.only in (None, n) and (n != "card" or device == "cuda")]
-        for figure in chain.from_iterable(BENCHES[n](Place(device, device == "cuda", args.quick, args.full)) for n in names):
+        for figure in chain.from_iterable(BENCHES[n](place(device)) for n in names):
             rows.append({"device": device, **asdict(figure)})
             table.add_row(*figure.row())
             print("  ".join(filter(None, figure.row())), file=sys.stderr, flush=True)  # as they come: all of it takes long

@@ -48,12 +48,13 @@ class Place:
     gpu: bool
     quick: bool
     full: bool = False
+    threads: int = 1
 
     def pick(self, quick: int, cpu: int, gpu: int) -> int:
         return quick if self.quick else gpu if self.gpu else cpu
 
     def seconds(self, work: Callable) -> float:
-        timer = time.perf_counter if self.gpu else time.process_time
+        timer = time.perf_counter if self.gpu or self.threads > 1 else time.process_time
         start = timer()
         work()
         if self.gpu:

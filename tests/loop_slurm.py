@@ -160,11 +160,11 @@ class Loop:
     def run(self, *command: str) -> subprocess.CompletedProcess:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
 
-    def hurry(self, job: str) -> None:
-        """Start a job that is queued again now, not in two minutes."""
-        until(lambda: self.run("squeue", "-h", "-j", job, "-o", "%T").stdout.strip() == "PENDING")
+    def hurry(self, job: str, seconds: float = 60, **more: str) -> None:
+        """Start a job that is queued again, in `seconds` at most, now, not in two minutes. more: what else changes of it."""
+        until(lambda: self.run("squeue", "-h", "-j", job, "-o", "%T").stdout.strip() == "PENDING", seconds)
         time.sleep(6)  # until what its first start was allowed by has expired
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now", *(f"{k}={v}" for k, v in more.items()))
 
     def __exit__(self, *_) -> None:
         with contextlib.suppress(Exception, AssertionError):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import names
+from conftest import ROOT, names
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bdx import places, surgery
 from bdx.archs import base as archs
-from bdx.archs.preact_resnet import PreActBlock, preact_resnet18
+from bdx.archs.preact_resnet import PreActBlock, Thinned, preact_resnet18
 from bdx.archs.wide_resnet import WideBlock
 from bdx.build import instantiate
 from bdx.configure import compose
@@ -145,6 +147,22 @@ def test_the_skip_path_of_a_preact_block(x):
     assert torch.equal(plain(x), x)
     assert torch.equal(wide(x), wide.shortcut(wide.bn1(x).relu()))
     assert wide(x).shape == (4, 6, 16, 16)
+
+
+def test_a_thinned_convolution_is_a_strided_one(x):
+    conv = Thinned(3, 5, 2)
+    assert torch.allclose(conv(x), F.conv2d(x, conv.weight, stride=2), atol=1e-6)
+
+
+def test_the_thinnest_net_learns_from_an_odd_batch_with_two_threads():
+    """In a process of its own: torch's strided 1×1 convolution writes out of bounds there, and that is a crash."""
+    code = (
+        "import torch; from bdx.archs.preact_resnet import preact_resnet18; torch.set_num_threads(2)\n"
+        "net = preact_resnet18(num_classes=10, width=8, final_norm=False).to(memory_format=torch.channels_last)\n"
+        "for _ in range(20): net(torch.rand(3, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-500:]
 
 
 @torch.no_grad()

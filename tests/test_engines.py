@@ -25,11 +25,11 @@ GRID = ["scale=smoke", "attack=badnets,blended", "defense=none,ft,fp"]
 
 
 @contextlib.contextmanager
-def started(env: dict, shared: Path, out: Path, *words: str):
-    """The sweep of six cells in a process of its own; what it says goes to a file. Interrupted if the block raises."""
+def started(env: dict, shared: Path, out: Path, *words: str, grid=GRID):
+    """The sweep, of six cells, in a process of its own; what it says goes to a file. Interrupted if the block raises."""
     places = [f"paths.data={shared / 'data'}", f"paths.out={out}"]
     env = env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bdx.cli", "sweep", TABLE, *GRID, *places, *words]
+    command = [sys.executable, "-m", "bdx.cli", "sweep", TABLE, *grid, *places, *words]
     with open(out.parent / f"{out.name}.log", "w") as log:
         process = subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -106,6 +106,27 @@ def test_slurm_takes_over_what_a_killed_sweep_left_and_is_preempted(shared, tmp_
         jobs = ["sacct", "-X", "-n", "-P", "-o", "JobName,State"]  # two backdoors in one, then the defenses of each
         until(lambda: sorted(slurm.run(*jobs).stdout.split()) == ["bdx|COMPLETED"] * 3 + ["wrap|COMPLETED"])
         assert "PREEMPTED" in slurm.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", job).stdout
+
+
+@pytest.mark.skipif(loop_slurm.lacking() is not None, reason=str(loop_slurm.lacking()))
+@pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
+def test_slurm_tells_a_cell_of_its_time_limit_and_the_cell_goes_on_where_it_was(shared, tmp_path):
+    """A minute is the least that SLURM knows; it tells the cell 30 seconds before or a little earlier. Then it gets more."""
+    words = ["engine=slurm", "engine.gres=null", "engine.cpus=1", "engine.memory_gb=2", "engine.poll=2"]
+    limit = ["engine.minutes=1", "engine.notice=30"]
+    one = ["scale=smoke", "attack=badnets", "defense=none", "train.epochs=80"]
+    with loop_slurm.Loop() as slurm, started(slurm.env, shared, out := tmp_path / "out", *words, *limit, grid=one) as sweep:
+        until(lambda: running(slurm) or sweep.poll() is not None, 120)
+        (job,) = running(slurm)
+        slurm.hurry(job, seconds=90, TimeLimit="30")
+        assert list((out / "store").glob(".*.ckpt"))  # what it had done
+        assert sweep.wait(400) == 0, said(out)
+        assert "1 done, 0 failed" in said(out)
+        assert not list((out / "store").glob(".*.ckpt"))
+        (row,) = results.rows(out / "results")
+        assert (row["attack"], row["defense"]) == ("badnets", "none")
+        states = slurm.run("sacct", "-D", "-X", "-n", "-P", "-o", "State", "-j", job).stdout.split()
+        assert states == ["REQUEUED", "COMPLETED"]
 
 
 def ray_workers() -> list[int]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from statistics import mean
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, names
 
-from bdx import grid, layout, recipe, tables
+from bdx import grid, info, layout, recipe, tables
 from bdx.agreement import tau, verdict
 from bdx.comparison import Entry, averages, collect, fixed, judged, marks, printed, printed_cells, retrained, same
-from bdx.composer import Composer
+from bdx.composer import Composer, resolve
 from bdx.configure import compose
 from bdx.errors import UserError
 from bdx.grid import Cell
@@ -137,6 +138,8 @@ def test_a_scale_shortens_an_attack_and_a_defense_and_replaces_the_net():
         assert set(cell.words) >= {f"attack.mask.epochs={left}", "attack.mask.schedule.milestones=[2,3]"}
     (cell,) = cells("npd2023/table01", "smoke", "attack=trojan", "defense=none")
     assert "attack.steps=1" in cell.words
+    found = {c.at["dataset.reserved.count"]: c.words for c in cells("tnr2022/table09", "smoke", "defense=tnr")}
+    assert set(found["2500"]) == set(found["250"]) >= {"dataset.reserved.count=250"}  # digits has no 2,500 images
     (cell,) = cells("npd2023/table12", "paper", "attack=badnets", "defense=npd")
     assert set(cell.words) >= {"arch=vgg19_bn", "dataset=cifar10"}
 
@@ -146,6 +149,31 @@ def test_what_bdx_does_not_have_is_named():
     assert by == {"badnets": None, "nobody": "attack=nobody"}
     (cell,) = cells("npd2023/table01", "smoke", "attack=badnets", "defense=none", "defense.epochs=3")
     assert "no such key" in cell.lacks
+
+
+def test_a_cell_that_needs_a_poisoned_set_which_its_attack_does_not_leave_is_missing():
+    """As the command of that one cell refuses it; told from source text, without torch."""
+    from hydra.utils import get_class
+
+    by = {
+        (c.at["attack"], c.at["defense"]): c.lacks
+        for c in cells("npd2023/table01", "cpu", "attack=badnets,wanet", "defense=ep,npd")
+    }
+    assert by.pop(("wanet", "ep")) == "a poisoned training set of attack=wanet"
+    assert len(by) == 3
+    assert not any(by.values())
+    target = lambda group, name: compose([f"{group}={name}"])[group]["_target_"]
+    attacks = {target("attack", name) for name in names("attack")}
+    defenses = {target("defense", name) for name in names("defense")}
+    for a, d in itertools.product(attacks, defenses):
+        of, method = get_class(a), get_class(d)
+        assert info.without_poison(a, d) == ("train" in method.needs and of.has_trigger and not of.leaves_poison), (a, d)
+
+
+def test_a_detection_has_the_id_that_the_command_itself_gives_it():
+    words = ("experiment=cpu_scale", "detector=strip", "attack=blended", "seed=1", "detector.limit=500")
+    plain = resolve({k: v for k, v in COMPOSER.plain(words).items() if k not in ("paths", "logger", "trainer")})
+    assert recipe.of_detection(plain, IMAGES) == recipe.of_detection(compose(list(words)), IMAGES)
 
 
 def test_rows_are_found_by_their_id_alone(tmp_path):
