@@ -21,8 +21,8 @@ from bdx import imagefile, recipe
 from bdx.build import instantiate
 from bdx.composer import Composer, override, resolve
 from bdx.configure import HERE, options, parse, summary
+from bdx.declared import without_poison
 from bdx.errors import UserError, nearest
-from bdx.info import without_poison
 
 EXPERIMENTS = next(p for p in (HERE / "experiments", HERE.parent / "experiments") if p.is_dir())
 BESIDE = ("scale", "engine")  # folders in there that hold no tables

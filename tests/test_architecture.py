@@ -20,7 +20,7 @@ PACKAGE = ROOT / "bdx"
 LINE = (
     "errors", "files", "split", "picture", "draws", "augment", "corruptions", "metrics", "polarizers", "conditioned", "decoder",
     "surgery", "sharpness", "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build",
-    "recipe", "imagefile", "store", "results", "configure", "agreement", "layout", "page", "composer", "grid",
+    "recipe", "imagefile", "store", "results", "configure", "declared", "agreement", "layout", "page", "composer", "grid",
 )  # fmt: skip
 FLOORS = (
     set(LINE),

@@ -16,6 +16,7 @@ from torch import nn
 from bdx import corruptions, info
 from bdx.build import instantiate
 from bdx.configure import CONF, compose
+from bdx.declared import source
 from bdx.defenses.ac import AC
 from bdx.detection import check, judged_by, rates
 from bdx.detectors import beatrix, cd, scan, spectre, strip
@@ -587,9 +588,9 @@ def test_a_filter_that_needs_clean_images_is_refused(victim):
 
 @pytest.mark.parametrize("name", names("defense"))
 def test_every_defense_says_what_it_trains_and_costs(name):
-    _, declared = info.source(info.value(CONF / "defense" / f"{name}.yaml", "_target_"))
-    assert declared["trains"]
-    assert declared["cost"]
+    _, said = source(info.value(CONF / "defense" / f"{name}.yaml", "_target_"))
+    assert said["trains"]
+    assert said["cost"]
 
 
 def test_info_tells_epochs_of_the_file_or_of_its_parent(capsys):

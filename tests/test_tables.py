@@ -11,7 +11,7 @@ from statistics import mean
 import pytest
 from conftest import ROOT, names
 
-from bdx import grid, info, layout, recipe, tables
+from bdx import declared, grid, layout, recipe, tables
 from bdx.agreement import tau, verdict
 from bdx.comparison import Entry, averages, collect, fixed, judged, marks, printed, printed_cells, retrained, same
 from bdx.composer import Composer, resolve
@@ -167,7 +167,7 @@ def test_a_cell_that_needs_a_poisoned_set_which_its_attack_does_not_leave_is_mis
     defenses = {target("defense", name) for name in names("defense")}
     for a, d in itertools.product(attacks, defenses):
         of, method = get_class(a), get_class(d)
-        assert info.without_poison(a, d) == ("train" in method.needs and of.has_trigger and not of.leaves_poison), (a, d)
+        assert declared.without_poison(a, d) == ("train" in method.needs and of.has_trigger and not of.leaves_poison), (a, d)
 
 
 def test_a_detection_has_the_id_that_the_command_itself_gives_it():

@@ -14,8 +14,9 @@ from PIL import Image
 
 from bdx.attacks.base import Attack
 from bdx.configure import CONF, compose
+from bdx.declared import source
 from bdx.errors import UserError
-from bdx.info import rows, source, value
+from bdx.info import rows, value
 from bdx.triggers import Looks, differing, looks, ssim, triggers
 
 ATTACKS = names("attack")
