@@ -20,6 +20,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each of them gets one thread, and wha
 TINY = ["dataset=digits", "arch.width=8", "train=fast", "train.batch=64", "train.precision=32-true", "logger=none"]
 
 
+LONGEST = ("test_run", "test_sweep", "test_defenses", "test_cli", "test_attacks")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """The files that take longest are begun first, or else one worker would end on them alone (--no-loadscope-reorder)."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def names(group: str) -> list[str]:
     """Every choice of a group, for tests that hold over all of them."""
     return options(group)
