@@ -164,7 +164,7 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         for name, value in outputs.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()  # a sum in bf16 soon stands still
         self.steps += 1
 
     def on_train_epoch_end(self, trainer, module):

@@ -101,6 +101,8 @@ def test_centres_that_spread_by_hand():
     z, y = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), torch.tensor([0, 0, 3, 1])
     half = 2 * (0.5**0.5 + 0.5**0.5 + 0)  # both orders of: (0,1), (1,3), (0,3); class 2 is absent
     assert float(likeness_of_centres(z, y, 4)) == pytest.approx(half / 9, rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):  # which would leave two digits of it
+        assert float(likeness_of_centres(z, y, 4)) == pytest.approx(half / 9, rel=1e-6)
 
 
 def test_mixmatch_by_hand():

@@ -25,7 +25,7 @@ from bdx.errors import UserError
 from bdx.screen import Screen
 from bdx.split import Split
 from bdx.store import Store
-from bdx.training import make_trainer
+from bdx.training import Watch, make_trainer
 
 SCORES = ("acc_before", "asr_before", "ra_before", "acc", "asr", "ra", "der")
 CELL = [*TINY, "attack=badnets", "train.epochs=2", "defense=npd_whole", "defense.epochs=2", "defense.batch=32"]
@@ -270,3 +270,16 @@ def test_the_demo_shows_the_effect(tmp_path):
     assert row["asr_before"] >= 0.95
     assert row["asr"] <= 0.10
     assert row["acc"] >= row["acc_before"] - 0.05
+
+
+def test_the_mean_of_an_epochs_losses_is_not_taken_in_bf16():
+    """390 losses of −0.1, summed in bf16, stop at −32."""
+    heard = []
+    watch = Watch("intra", seed=0, report=lambda *said: heard.append(said[3]["loss"]), checkpoint=None, since=None)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    trainer = SimpleNamespace(current_epoch=0, max_epochs=1, train_dataloader=SimpleNamespace(), optimizers=[optimizer])
+    watch.on_train_epoch_start(trainer, None)
+    for i in range(390):
+        watch.on_train_batch_end(trainer, None, {"loss": torch.tensor(-0.1, dtype=torch.bfloat16)}, None, i)
+    watch.on_train_epoch_end(trainer, None)
+    assert heard == [pytest.approx(-0.1, rel=0.005)]
