@@ -71,8 +71,9 @@ class ClassNorm(nn.Module):
             raise ValueError("batch statistics need hard labels (G,), not probabilities")
         rows, hot = rows.float(), F.one_hot(label, len(self.weight)).float()
         count = hot.sum(0)[:, None] * rows.shape[1]
-        mean = hot.T @ rows.sum(1) / count.clamp_min(1)
-        var = hot.T @ (rows - mean[label][:, None]).square().sum(1) / count.clamp_min(1)
+        with torch.autocast(rows.device.type, enabled=False):  # as BatchNorm's own are
+            mean = hot.T @ rows.sum(1) / count.clamp_min(1)
+            var = hot.T @ (rows - mean[label][:, None]).square().sum(1) / count.clamp_min(1)
         with torch.no_grad():
             rate = self.momentum * (count > 0)
             self.running_mean.lerp_(mean, rate)

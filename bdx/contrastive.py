@@ -18,12 +18,13 @@ def contrast(z: Tensor, near: Tensor, temperature: float) -> Tensor:
     """Mean over all views of −log softmax of the similarities, meaned over a view's positives (Khosla et al. 2020, eq. 2).
 
     z (2N,D): first views, then second ones. near (N,N) bool: row i marks the images whose views are positives of i's,
-    i itself among them.
+    i itself among them. In full precision, as the temperature spreads similarities by 10.
     """
     z = F.normalize(z.float(), dim=1)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positive = near.repeat(2, 2) & ~itself
-    log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
+    with torch.autocast(z.device.type, enabled=False):
+        log_p = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(1)
     return -(log_p.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
 
 
