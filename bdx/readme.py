@@ -104,9 +104,10 @@ def matrix(rows: list[dict], current: set[str], composer: Composer) -> str:
     kept = [line for line in lines if set(line[1:]) != {"–"}]
     of = list({r["id"]: r for s in by.values() for r in s.rows}.values())
     twice = f" Nets {told}." if (told := retrained(of)) else ""
+    spread = " With ± the mean and deviation over several seeds, else of one." if any(len(s.rows) > 1 for s in chosen) else ""
     about = (
         f"{measured_on(of, current)} ACC / ASR, DER, of each defense at the setting of `scale={SCALE}` (a third of the papers' "
-        f"epochs) where it was measured.{twice}"
+        f"epochs) where it was measured.{spread}{twice}"
     )
     about = textwrap.fill(about, 120, break_long_words=False, break_on_hyphens=False)
     return "\n".join([about, "", *rule(["defense", *(f"`{a}`" for a in axes["attack"])], kept)])
