@@ -117,16 +117,14 @@ def measured(cell: Cell, seeds: list, images: dict, rows: dict, composer: Compos
 
 
 def undefended(entry: Entry, entries: list[Entry]) -> Entry:
-    """Every row says what its net was before: an undefended cell without rows of its own is known from the others."""
+    """Every row says what its net was before: of a seed without a row an undefended cell is known from the others."""
     if entry.cell.at.get("defense") != "none":
         return entry
-    if entry.ours:
-        return replace(entry, ours=[row | {"der": None} for row in entry.ours])  # 50 says nothing, and no paper prints it
     others = {k: v for k, v in entry.cell.at.items() if k != "defense"}
     near = [e for e in entries if all(norm(e.cell.at[k]) == norm(v) for k, v in others.items())]
-    by_seed = {row["seed"]: row for e in near for row in e.ours}
-    ours = [row | {"acc": row["acc_before"], "asr": row["asr_before"], "der": None} for row in by_seed.values()]
-    return replace(entry, ours=ours)
+    before = {row["seed"]: row | {"acc": row["acc_before"], "asr": row["asr_before"]} for e in near for row in e.ours}
+    by_seed = before | {row["seed"]: row for row in entry.ours}
+    return replace(entry, ours=[row | {"der": None} for row in by_seed.values()])  # 50 says nothing, and no paper prints it
 
 
 def averages(table: Table, entries: list[Entry]) -> list[Entry]:

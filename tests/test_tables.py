@@ -193,6 +193,10 @@ def test_an_undefended_net_is_known_from_any_defense(tmp_path):
     none, npd = entries("npd2023/table01", "attack=badnets", "defense=none,npd", scale="cpu", folders=[folder])
     assert (none.values("acc"), none.values("asr"), none.values("der")) == ([0.91], [0.97], [])
     assert npd.values("acc") == [0.8]
+    (bare,) = cells("npd2023/table01", "cpu", "attack=badnets", "defense=none")
+    folder = write(tmp_path, row(bare, acc=0.92), row(cell, 1, acc_before=0.93))  # a row of its own counts for its seed
+    none, _ = entries("npd2023/table01", "attack=badnets", "defense=none,npd", scale="cpu", folders=[folder])
+    assert none.values("acc") == [0.92, 0.93]
 
 
 def test_averages_are_over_what_is_measured_on_both_sides(tmp_path):
@@ -270,7 +274,7 @@ def test_four_formats():
 def test_rows_in_the_package_are_shown_and_foreign_files_are_named(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "half.json").write_text('{"id": "ha')
-    assert tables.table(["npd2023/table01", "scale=cpu", f"paths.out={tmp_path}", "--format", "csv"]) == 0
+    assert tables.table(["npd2023/table01", "scale=cpu", "seed=0", f"paths.out={tmp_path}", "--format", "csv"]) == 0
     out, err = capsys.readouterr()
     (npd,) = (r for r in csv.DictReader(io.StringIO(out)) if (r["attack"], r["defense"]) == ("badnets", "npd"))
     measured = json.loads((ROOT / "experiments" / "results" / f"{npd_row()}.json").read_text())
