@@ -38,7 +38,7 @@ test-effects: $(STAMP)  ## trains every attack on digits until it works, 3 minut
 
 test-engines: $(STAMP)  ## sweeps on a SLURM and a Ray of this machine's own, which it installs as root (apt-get, pip)
 	@.ci/engines $(BIN)/python
-	$(BIN)/python -m pytest -m engines -n 3 -rs tests/test_engines.py  # they wait more than they work
+	$(BIN)/python -m pytest -m engines -n 4 -rs tests/test_engines.py  # they wait more than they work
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(BIN)/ruff check .
