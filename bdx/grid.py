@@ -175,7 +175,7 @@ def cells(table: Table, scale: Scale, words: Iterable[str], composer: Composer) 
     found = []
     for point in itertools.product(*axes.values()):
         at = dict(zip(axes, point, strict=True))
-        at_most = {k: min(int(v), scale.at_most[k]) for k, v in at.items() if k in scale.at_most}
+        at_most = {k: min(int(v), scale.at_most[k]) for k, v in at.items() if k in scale.at_most and v.isdigit()}
         own = [f"{k}={v}" for k, v in (at | at_most).items() if k not in scale.replaces]
         last = {key(w): w for w in (*scale.words, *wanted, *own, *left)}  # of two values for a key the later counts
         found.append(whole(Cell(at, tuple(last.values())), scale, composer))

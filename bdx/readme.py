@@ -104,7 +104,8 @@ def matrix(rows: list[dict], current: set[str], composer: Composer) -> str:
     kept = [line for line in lines if set(line[1:]) != {"–"}]
     of = list({r["id"]: r for s in by.values() for r in s.rows}.values())
     twice = f" Nets {told}." if (told := retrained(of)) else ""
-    spread = " With ± the mean and deviation over several seeds, else of one." if any(len(s.rows) > 1 for s in chosen) else ""
+    several = any(len(s.rows) > 1 for s in chosen)
+    spread = " With ± mean and deviation over several seeds, else of one: compare these with those by DER." if several else ""
     about = (
         f"{measured_on(of, current)} ACC / ASR, DER, of each defense at the setting of `scale={SCALE}` (a third of the papers' "
         f"epochs) where it was measured.{spread}{twice}"

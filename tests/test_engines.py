@@ -110,7 +110,7 @@ def test_slurm_takes_over_what_a_killed_sweep_left_and_is_preempted(shared, tmp_
 
 @pytest.mark.skipif(loop_slurm.lacking() is not None, reason=str(loop_slurm.lacking()))
 @pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed")
-def test_slurm_tells_a_cell_of_its_time_limit_and_the_cell_goes_on_where_it_was(shared, tmp_path):
+def test_slurm_tells_a_cell_of_its_time_limit_and_it_is_queued_again_and_ends(shared, tmp_path):
     """A minute is the least that SLURM knows; it tells the cell 20 seconds before or a little earlier. Then it gets more."""
     words = ["engine=slurm", "engine.gres=null", "engine.cpus=1", "engine.memory_gb=2", "engine.poll=2"]
     limit = ["engine.minutes=1", "engine.notice=20"]

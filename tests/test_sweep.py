@@ -118,6 +118,7 @@ def test_the_plan_counts_and_the_users_words_narrow_it(tmp_path, capsys):
     assert "12 cells, 8 can run, 0 done, 8 to do" in out
     assert "missing: 4 cells, for want of attack=nobody (4)" in out
     assert "images: not there yet" in out
+    assert "backdoors:" not in out  # how many there are is told by the images
     assert "  to do: attack=badnets, defense=ft, seed=0,1\n" in out
     assert "attack=nobody, " not in out
     assert not (tmp_path / "out").exists()

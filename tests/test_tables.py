@@ -140,6 +140,8 @@ def test_a_scale_shortens_an_attack_and_a_defense_and_replaces_the_net():
     assert "attack.steps=1" in cell.words
     found = {c.at["dataset.reserved.count"]: c.words for c in cells("tnr2022/table09", "smoke", "defense=tnr")}
     assert set(found["2500"]) == set(found["1250"]) >= {"dataset.reserved.count=1000"}  # digits has no 2,500 images
+    (cell,) = cells("tnr2022/table09", "smoke", "defense=tnr", "dataset.reserved.count=many")
+    assert "dataset.reserved.count=many" in cell.words  # a mistake is left to the command, which names it
     (cell,) = cells("npd2023/table12", "paper", "attack=badnets", "defense=npd")
     assert set(cell.words) >= {"arch=vgg19_bn", "dataset=cifar10"}
 

@@ -142,3 +142,9 @@ def test_the_table_and_the_picture_hold_every_formula_trigger(shared, capsys, di
 def test_mistakes(word, text, shared):
     with pytest.raises(UserError, match=text):
         triggers([*paths(shared), word])
+
+
+def test_a_setting_of_another_methods_class_names_its_own_paper():
+    papers = {name: paper for name, *_, paper in rows("defense")}
+    assert papers["fst"].startswith("Min et al.")
+    assert papers["d3"].startswith("Wei et al.")
