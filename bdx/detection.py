@@ -38,14 +38,14 @@ def detect(cfg: DictConfig, screen: Screen | None = None) -> dict:
     if row := results.find(folder, id):
         screen.say(results.DONE)
         return row
-    device, accelerator = accelerate(plain["trainer"]["accelerator"])
+    device = accelerate(plain["trainer"]["accelerator"])
     data = datasets.load(plain["dataset"], cfg.paths.data, device=device, seed=cfg.seed)
     attack = build_attack(cfg, data)
     detector: Detector = instantiate(plain["detector"])
     check(detector, attack)
     attack.check(data.train)
     files.writable(folder, "paths.detections, paths.out or BDX_OUT")
-    trainer = partial(make_trainer, accelerator=accelerator, precision=cfg.train.precision, seed=cfg.seed, report=screen.epoch)
+    trainer = partial(make_trainer, device=device, precision=cfg.train.precision, seed=cfg.seed, report=screen.epoch)
     try:
         stored = store.Store(Path(cfg.paths.store).expanduser())
         data, backdoor = backdoored(cfg, attack, data, stored, trainer, screen)

@@ -205,7 +205,8 @@ def cut_at(net: nn.Module, name: str, events: list[tuple[str, str]], shape: tupl
 
 def choose_cut(net: nn.Module, layers: int, at: str | None) -> Cut:
     """The cut behind the module called `at`, or else the first that leaves `layers` layers in the head."""
-    found = cuts(net, torch.rand(2, *net.spec["shape"], generator=torch.Generator().manual_seed(0)))
+    sample = torch.rand(2, *net.spec["shape"], generator=torch.Generator().manual_seed(0))
+    found = cuts(net, sample.to(net.normalize.mean.device))
     first = {c.layers: c for c in reversed(found) if c.layers and c.head}
     if at is None and layers in first:
         return first[layers]

@@ -46,7 +46,7 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
     if row := results.find(paths["results"], id):
         screen.say(results.DONE)
         return row
-    device, accelerator = accelerate(plain["trainer"]["accelerator"])
+    device = accelerate(plain["trainer"]["accelerator"])
     data = datasets.load(plain["dataset"], paths["data"], device=device, seed=cfg.seed)
     attack = build_attack(cfg, data)
     attack.check(data.train)
@@ -55,13 +55,13 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
         files.writable(paths[place], f"paths.{place}, paths.out or BDX_OUT")
     tracker = instantiate(plain["logger"], allowed=("bdx.tracking.",))
     tracker.start(plain, id, folder := paths["nets"] / f"{id}.log")
-    trainer = partial(make_trainer, accelerator=accelerator, precision=cfg.train.precision, seed=cfg.seed)
+    trainer = partial(make_trainer, device=device, precision=cfg.train.precision, seed=cfg.seed)
     report = partial(heard, screen, tracker)
     try:
         data, backdoor = backdoored(cfg, attack, data, store.Store(paths["store"]), partial(trainer, report=report), screen)
         before, scrambled_before = looked(backdoor, attack, data.test)
         torch.manual_seed(cfg.seed)  # whether the backdoor was trained or loaded must not show in what follows
-        defense = build_defense(cfg, attack)
+        defense = build_defense(cfg, attack).to(device)
         oracle = Oracle(attack, data.test) if cfg.eval.oracle else None
         started = time.monotonic()
         net = defense.run(data.allow(defense.needs), partial(trainer, report=partial(report, watched=(oracle, defense))))

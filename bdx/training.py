@@ -17,6 +17,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 
 from bdx.adversarial import Budget
@@ -196,8 +197,8 @@ class Watch(pl.Callback):
         self.state, self.saved = None, time.monotonic()
 
 
-def accelerate(accelerator: str) -> tuple[torch.device, str]:
-    """conf/trainer's accelerator (auto, cpu or gpu) -> the device and Lightning's name for it."""
+def accelerate(accelerator: str) -> torch.device:
+    """conf/trainer's accelerator (auto, cpu or gpu) -> the device."""
     gpu = torch.cuda.is_available()
     if accelerator not in ("auto", "cpu", "gpu"):
         raise UserError(f"trainer.accelerator={accelerator}: expected auto, cpu or gpu")
@@ -206,16 +207,26 @@ def accelerate(accelerator: str) -> tuple[torch.device, str]:
     if accelerator == "auto" and not gpu and shutil.which("nvidia-smi"):
         print("bdx: nvidia-smi is here, but torch sees no GPU (is the driver older than this torch?): using the CPU")
     if gpu and accelerator != "cpu":
-        return torch.device("cuda", torch.cuda.current_device()), "gpu"
-    return torch.device("cpu"), "cpu"
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class Stays(SingleDeviceStrategy):
+    """What was trained stays on its device; Lightning would take it to the CPU when a fit ends."""
+
+    def teardown(self):
+        module, self._lightning_module = self._lightning_module, None
+        super().teardown()
+        self._lightning_module = module
 
 
 def make_trainer(
-    stage: str, epochs: int, *, accelerator: str, precision: str, seed: int, report: Callable, checkpoint=None, since=None
+    stage: str, epochs: int, *, device: torch.device, precision: str, seed: int, report: Callable, checkpoint=None, since=None
 ) -> pl.Trainer:
     """A Trainer for one stage; `report(stage, epoch, epochs, means, seconds)` hears of every epoch. since: of Watch."""
     return pl.Trainer(
-        max_epochs=epochs, accelerator=accelerator, devices=1, precision=precision,
+        max_epochs=epochs, precision=precision, devices=1,
+        accelerator={"cuda": "gpu"}.get(device.type, device.type), strategy=Stays(device),
         callbacks=[Watch(stage, seed=seed, report=report, checkpoint=checkpoint, since=since)],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         inference_mode=False, num_sanity_val_steps=0, gradient_clip_val=None,

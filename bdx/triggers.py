@@ -79,7 +79,7 @@ def triggers(argv: list[str]) -> int:
     if chosen := [w for w in words if w.startswith("attack")]:
         raise UserError(f"{chosen[0]}: `bdx info triggers` shows every attack, as its YAML file or the store has it")
     cfg = compose(words)
-    device, _ = accelerate(cfg.trainer.accelerator)
+    device = accelerate(cfg.trainer.accelerator)
     plain = OmegaConf.to_container(cfg, resolve=True)
     data = datasets.load(plain["dataset"], Path(cfg.paths.data).expanduser(), device=device, seed=cfg.seed)
     about, how = {"num_classes": data.num_classes, "shape": data.shape}, instantiate(plain["train"])

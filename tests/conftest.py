@@ -97,7 +97,7 @@ def quick_trainer():
     """make_trainer for the CPU that reports to nobody."""
     from bdx.training import make_trainer
 
-    return partial(make_trainer, accelerator="cpu", precision="32-true", seed=0, report=lambda *_: None)
+    return partial(make_trainer, device=torch.device("cpu"), precision="32-true", seed=0, report=lambda *_: None)
 
 
 __all__ = ["CONF", "ROOT", "TINY", "build_attack", "load_digits", "names", "paths"]

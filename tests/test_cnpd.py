@@ -22,7 +22,7 @@ FORMS = ["cnpd_r", "cnpd_e", "cnpd_a"]
 QUICK = ["defense.epochs=2", "defense.warmup_epochs=1", "defense.batch=64"]
 
 
-TRAINER = partial(make_trainer, accelerator="cpu", precision="32-true", seed=0, report=lambda *_: None)
+TRAINER = partial(make_trainer, device=torch.device("cpu"), precision="32-true", seed=0, report=lambda *_: None)
 
 
 @pytest.fixture(scope="module")

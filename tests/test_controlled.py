@@ -168,7 +168,7 @@ def test_the_backdoor_waits_until_the_task_is_learned(digits, quick_trainer):
     attack = quick(digits, "blind", "attack.threshold=1000.0")
     terms = []
     report = lambda stage, epoch, epochs, means, seconds: terms.append(means["triggered"])
-    attack.fit(few(digits), partial(make_trainer, accelerator="cpu", precision="32-true", seed=0, report=report))
+    attack.fit(few(digits), partial(make_trainer, device=torch.device("cpu"), precision="32-true", seed=0, report=report))
     assert terms[0] == 0  # no loss has been seen
     assert terms[1] > 0
     cold = quick(digits, "blind", "attack.threshold=0.001")
@@ -312,7 +312,7 @@ def fitted(digits, name, checkpoint, *overrides, dies=None) -> Attack:
             raise Killed
 
     def trainer(stage, epochs, checkpoint=None):
-        how = {"accelerator": "cpu", "precision": "32-true", "seed": 0, "report": report, "checkpoint": checkpoint}
+        how = {"device": torch.device("cpu"), "precision": "32-true", "seed": 0, "report": report, "checkpoint": checkpoint}
         made = make_trainer(stage, epochs, **how)
         made.callbacks[0].pause = 0  # every epoch is worth a checkpoint
         return made
@@ -381,7 +381,7 @@ def test_bf16(name, digits):
     attack = quick(digits, name)
     losses = []
     report = lambda stage, epoch, epochs, means, seconds: losses.append(means["loss"])
-    attack.fit(few(digits), partial(make_trainer, accelerator="cpu", precision="bf16-mixed", seed=0, report=report))
+    attack.fit(few(digits), partial(make_trainer, device=torch.device("cpu"), precision="bf16-mixed", seed=0, report=report))
     assert torch.isfinite(torch.tensor(losses)).all()
     assert attack.stamp(digits.test.x[:4]).dtype == torch.uint8
 

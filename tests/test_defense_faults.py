@@ -139,7 +139,7 @@ def test_a_resumed_run_counts_what_came_before(digits, tmp_path):
                 raise Killed
 
         def trainer(stage, epochs, **more):
-            how = {"accelerator": "cpu", "precision": "32-true", "seed": 0, "report": report}
+            how = {"device": torch.device("cpu"), "precision": "32-true", "seed": 0, "report": report}
             made = make_trainer(stage, epochs, **how, **more)
             made.callbacks[0].pause = 0
             return made

@@ -67,7 +67,7 @@ def quick_trainer_module():
 
     from bdx.training import make_trainer
 
-    return partial(make_trainer, accelerator="cpu", precision="32-true", seed=0, report=lambda *_: None)
+    return partial(make_trainer, device=torch.device("cpu"), precision="32-true", seed=0, report=lambda *_: None)
 
 
 @pytest.fixture(scope="module")

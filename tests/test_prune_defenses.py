@@ -29,7 +29,7 @@ from bdx.training import make_trainer
 def attack(digits):
     """Two epochs: enough for BatchNorm's statistics to mean something."""
     made = build_attack(digits, "attack=badnets", "train.epochs=2")
-    trainer = partial(make_trainer, accelerator="cpu", precision="32-true", seed=0, report=lambda *_: None)
+    trainer = partial(make_trainer, device=torch.device("cpu"), precision="32-true", seed=0, report=lambda *_: None)
     made.fit(digits.poisoned(made.poison(digits.train)), trainer)
     return made
 
@@ -211,7 +211,7 @@ def test_masks_cut_gammas_and_nothing_else(name, attack, digits, quick_trainer):
 
 def test_unlearning_ends_at_its_accuracy(attack, digits):
     heard = []
-    how = {"accelerator": "cpu", "precision": "32-true", "seed": 0}
+    how = {"device": torch.device("cpu"), "precision": "32-true", "seed": 0}
     trainer = partial(make_trainer, **how, report=lambda stage, epoch, *_: heard.append((stage, epoch)))
     overrides = ("unlearn.epochs=20", "unlearn.optimizer.lr=0.05", "recover.epochs=1", "batch=70")
     defense = made(attack, "rnp", *overrides, "stop=0.3")

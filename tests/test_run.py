@@ -198,7 +198,7 @@ def fitted(digits, epochs_alive: int | None, checkpoint: Path) -> dict:
             raise Killed
 
     def trainer(stage, epochs, checkpoint=None):
-        made = make_trainer(stage, epochs, accelerator="cpu", precision="32-true", seed=0, report=report, checkpoint=checkpoint)
+        made = make_trainer(stage, epochs, device=torch.device("cpu"), precision="32-true", seed=0, report=report, checkpoint=checkpoint)
         made.callbacks[0].pause = 0  # every epoch is worth a checkpoint
         return made
 
@@ -230,7 +230,7 @@ def test_an_interruption_keeps_the_last_finished_epoch_and_what_is_resumed_is_th
         return step(batch, batch_idx)
 
     attack.training_step = interrupted
-    how = {"accelerator": "cpu", "precision": "32-true", "seed": 0, "report": lambda *_: None}
+    how = {"device": torch.device("cpu"), "precision": "32-true", "seed": 0, "report": lambda *_: None}
     with pytest.raises(SystemExit):  # Lightning's answer
         attack.fit(data, partial(make_trainer, **how), tmp_path / "b.ckpt")
     signal.signal(signal.SIGINT, before)

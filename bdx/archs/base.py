@@ -59,6 +59,10 @@ class Classifier(nn.Module):
         with surgery.shared_prefix(self, self.gate):
             return self(x, self.condition(x))
 
+    def sample(self, n: int = 2) -> Tensor:
+        """(n,C,H,W) black images where the net is, to ask it for shapes and places."""
+        return torch.zeros(n, *self.spec["shape"], device=self.normalize.mean.device)
+
     def raw(self, x: Tensor) -> Tensor:
         """Logits of the net as if nothing were inserted."""
         with surgery.given(self.get_submodule(self.gate), None, active=False):
@@ -84,7 +88,7 @@ def build(arch: dict, *, num_classes: int, mean: list[float], std: list[float], 
     net = Classifier(Normalize(mean, std), body, spec).to(memory_format=torch.channels_last)
     try:
         with torch.no_grad(), surgery.mode(net, False):
-            out = net(torch.zeros(2, *shape))
+            out = net(net.sample())
         shape_out = tuple(getattr(out, "shape", ()))
         if shape_out != (2, num_classes):
             raise ValueError(f"its output for 2 images has shape {shape_out} instead of (2, {num_classes})")

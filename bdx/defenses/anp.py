@@ -82,6 +82,5 @@ class ANP(Tuning):
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         super().run(data, make_trainer)
-        self.to(data.clean.x.device)  # where Lightning may not have left it
         self.rule.prune(self.net, self.masks.prune, self.grid, data).report(self)
         return self.net

@@ -142,9 +142,7 @@ class Staged(Defense):
         """Run the loop `name`, all in train mode. params: what is tuned, by default the whole net; extra: a module that
         the loss has besides."""
         stage = Stage(self.net, self.stages[name], loss, self.net.parameters() if params is None else params, extra)
-        trainer = make_trainer(name, self.stages[name]["epochs"])
-        trainer.fit(stage.train(), batches)
-        self.net.to(trainer.strategy.root_device)  # from where Lightning takes it when a fit ends
+        make_trainer(name, self.stages[name]["epochs"]).fit(stage.train(), batches)
 
     def away_from(self, at: str) -> list[nn.Parameter]:
         """The parameters outside the module named `at`."""

@@ -48,7 +48,7 @@ def with_group_norm(net: nn.Module, groups: int) -> nn.Module:
     for module in net.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # Opacus needs what came in as it came
-    net(torch.zeros(2, *spec["shape"])).sum().backward()
+    net(net.sample()).sum().backward()
     for p in net.parameters():
         p.requires_grad, p.grad = p.grad is not None, None
     return net

@@ -50,13 +50,12 @@ class FP(Tuning):
         if self.recipe == "code":
             linear = [m for m in places.linears(self.net, "classifier") if isinstance(m, nn.Linear)]
             return names[linear[0]], None
-        at = places.locate(self.net, layer, torch.zeros(2, *self.net.spec["shape"]))
+        at = places.locate(self.net, layer, self.net.sample())
         if not isinstance(self.net.get_submodule(at), nn.Conv2d):
             raise UserError(f"defense.layer={layer}: {at} is no convolution; name one, or take recipe=code for the classifier")
         return at, next((norm for norm, convs in feeders(self.net).items() if convs == (at,)), None)
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
-        self.to(data.clean.x.device)
         order = self.activation(data).argsort()
         grid = [i * self.step for i in range(1, ceil(1 / self.step - 1e-9))]
         curve = self.rule.prune(self.net, lambda net, share: self.prune(net, order, share), grid, data, self.at)

@@ -50,7 +50,6 @@ class MCR(Tuning):
         make_trainer("fine-tuning", end.epochs).fit(end.ready(), end.batches(data))
         self.draw(end.net)
         super().run(data, make_trainer)
-        self.to(data.clean.x.device)
         with torch.no_grad():
             for p, value in zip(self.net.parameters(), self.curve(self.t), strict=True):
                 p.copy_(value)
@@ -59,7 +58,7 @@ class MCR(Tuning):
 
     def draw(self, end: nn.Module) -> None:
         """The curve starts as a straight line, from the net to `end` (both kept as they are)."""
-        ends = [[p.detach().clone() for p in n.parameters()] for n in (self.net, end.to(self.net.normalize.mean.device))]
+        ends = [[p.detach().clone() for p in n.parameters()] for n in (self.net, end)]
         n = self.points - 1
         rows = [[torch.lerp(a, b, i / n) for a, b in zip(*ends, strict=True)] for i in range(self.points)]
         self.control = nn.ModuleList(nn.ParameterList(row) for row in rows)

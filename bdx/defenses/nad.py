@@ -43,7 +43,7 @@ class NAD(Tuning):
             raise UserError(f"defense.betas={betas}, p={p}: expected three weights not below 0, and p above 0")
         super().__init__(net, **loop)
         self.betas, self.p, self.teacher_epochs, self.recipe, self.loop = betas, p, teacher_epochs, recipe, loop
-        self.at = maps(net, torch.zeros(2, *net.spec["shape"]))
+        self.at = maps(net, net.sample())
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         teacher = Tuning(copy.deepcopy(self.net), **self.loop)

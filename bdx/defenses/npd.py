@@ -72,7 +72,7 @@ class NPD(Tuning):
 
     def insert(self, layer: str, structure: str) -> str:
         """Put the polarizer in front of `layer`; returns that module's name inside the net."""
-        sample = torch.zeros(2, *self.net.spec["shape"])
+        sample = self.net.sample()
         at = places.locate(self.net, layer, sample)
         shape = places.input_shape(self.net, at, sample)
         tokens = places.tokens_at(self.net.get_submodule(at), shape)
@@ -105,7 +105,6 @@ class NPD(Tuning):
         """A context to learn in, from the start that `init` names."""
         if self.init == "plain" or not self.polarizer.norms():
             return nullcontext()
-        self.to(data.clean.x.device)
         once = data.batches(data.clean, size=self.batch, shuffle=False, augment=False)
         moments = surgery.moments(self.net, self.at, once)
         if self.init == "neutral":

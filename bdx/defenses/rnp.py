@@ -94,7 +94,6 @@ class RNP(Defense):
         self.facts["unlearned_acc"] = float(stage.hits) / stage.seen
         masks = Masks(scratch)
         self.fit("recover", Stage(masks, [masks.mask], self.recover, self.recover["alpha"]), data, make_trainer)
-        masks.to(data.clean.x.device)  # where Lightning may not have left them
         self.rule.prune(self.net, masks.prune, self.grid, data).report(self)
         return self.net
 

@@ -153,7 +153,6 @@ class TrapAndReplace(Defense):
     @torch.no_grad()
     def show(self, stage: Trap, train: Split, count: int = 5000) -> None:
         """Leave the reconstruction error, examples of the training images and the decoder for the run to keep."""
-        stage.to(train.x.device)  # from where Lightning takes it when a fit ends
         with surgery.mode(stage, False):
             errors = [F.mse_loss(stage(pixels(x))[1], pixels(x)) * len(x) for x in train.x[:count].split(500)]
             again = stage(pixels(train.x[:8]))[1]

@@ -50,7 +50,7 @@ class ABLLoss(Detector):
         how = {"size": self.batch, "shuffle": True, "augment": self.augment, "drop_last": True}
         early = Early(fresh(net), self)
         make_trainer("abl_loss", self.epochs).fit(early.train(), data.batches(split, **how))
-        return -losses(early.net.to(split.x.device), split, cross_entropy)
+        return -losses(early.net, split, cross_entropy)
 
     def loss(self, ce: Tensor) -> Tensor:
         """ce: (N,), of each image."""

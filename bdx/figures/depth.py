@@ -68,8 +68,8 @@ def in_order(layers: pd.Series, net: Classifier | None) -> tuple[pd.Series, dict
         return layers, {n: i for i, n in enumerate(names)}
     import torch
 
-    sample, started = torch.zeros(2, *net.spec["shape"]), []
-    places.trace(net.cpu(), sample, lambda name, *_: started.append(name))
+    sample, started = net.sample(), []
+    places.trace(net, sample, lambda name, *_: started.append(name))
     full = {n: places.locate(net, n, sample) for n in layers.unique()}
     depths = {v: k for k, v in reversed(places.places(net, sample).items())}
     names = sorted(set(full.values()), key=started.index)

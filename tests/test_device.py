@@ -1,0 +1,82 @@
+"""Every attack, defense and detector runs on a device whose tensors, as a GPU's, cannot be mixed with those of the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import BRIEF, CONF, TINY, names
+from test_attacks import SMALL
+from test_controlled import QUICK
+from test_defenses import DEFENSES, short
+from test_detectors import SHORT as SHORT_DETECTORS
+from torch.utils import backend_registration
+
+from bdx import info
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+        reason="this torch knows no devices that are written in Python",
+    ),
+]
+SCRIPT = Path(__file__).with_name("elsewhere.py")
+ONCE = [*TINY, "train.epochs=1", "attack=badnets", "attack.target=3", "attack.ratio=0.1"]
+OF_ATTACKS = {name: [f"attack.{key}" for key in BRIEF[name]] for name in BRIEF} | QUICK
+OF_ATTACKS |= {
+    "badnets": ["attack.ratio=0.1"],
+    "narcissus": ["attack.rounds=1", "attack.batch=8", "attack.lr=1.0"],
+    "given": ["attack.file=NET"],
+    "multi": ["attack.parts=[{attack:badnets,target:0},{attack:blended,target:1}]"],
+}
+
+
+def attack(name: str) -> list[str]:
+    own = [*OF_ATTACKS.get(name, []), *SMALL.get(name, [])]
+    return [*TINY, "train.epochs=1", f"attack={name}", *own, "defense=ft", "defense.epochs=1"]
+
+
+def defense(name: str) -> list[str]:
+    return [*ONCE, f"defense={name}", *short(name)]
+
+
+def detector(name: str) -> list[str]:
+    file = CONF / "detector" / f"{name}.yaml"
+    own = [f"detector.{k}={v}" for k, v in SHORT_DETECTORS.items() if info.value(file, k) is not None]
+    return [*ONCE, f"detector={name}", "detector.limit=40", *own]
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """said(kind, words, names) -> what went wrong with each name, "" where nothing did. Two processes do it all."""
+    folder, heard = tmp_path_factory.mktemp("elsewhere"), {}
+
+    def ask(kind: str, words, of: list[str]) -> dict[str, str]:
+        if words not in heard:
+            runs = json.dumps([[name, words(name)] for name in of])
+            command = [sys.executable, str(SCRIPT), kind, str(folder), runs]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stderr[-2000:]
+            heard[words] = dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+        return heard[words]
+
+    return ask
+
+
+@pytest.mark.parametrize("name", names("attack"))
+def test_attack(name, said):
+    assert said("run", attack, sorted(names("attack"), key=lambda n: n == "given"))[name] == ""
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_defense(name, said):
+    assert said("run", defense, DEFENSES)[name] == ""
+
+
+@pytest.mark.parametrize("name", names("detector"))
+def test_detector(name, said):
+    assert said("detect", detector, names("detector"))[name] == ""
