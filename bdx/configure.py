@@ -6,6 +6,7 @@ A mistyped key or choice is answered with the nearest that exists, a value of th
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from pathlib import Path
 
 from hydra import compose as hydra_compose
@@ -69,9 +70,7 @@ def parse(overrides: list[str]) -> list[Override]:
 
 def values_of(o: Override) -> list:
     """The value, or all values of a sweep a,b,c; ranges and globs are Hydra's to expand."""
-    if o.is_choice_sweep():
-        return list(o.value().list)
-    return [] if o.is_sweep_override() else [o.value()]
+    return list(o.value().list) if o.is_choice_sweep() else [] if o.is_sweep_override() else [o.value()]
 
 
 def check_choice(o: Override) -> None:
@@ -84,8 +83,8 @@ def check_choice(o: Override) -> None:
         raise UserError(f"~{group}: a run needs one; there are {', '.join(have)}")
     for value in values_of(o):
         if str(value) not in have and not (value is None and group == "experiment"):
-            name = "null" if value is None else value
-            raise UserError(f"{group}={name}: no such {group}{nearest(str(name), have)}; there are {', '.join(have)}")
+            name = show(value)
+            raise UserError(f"{group}={name}: no such {group}{nearest(name, have)}; there are {', '.join(have)}")
 
 
 def foreign(key: str, cfg: DictConfig) -> bool:
@@ -124,10 +123,11 @@ def check_finite(key: str, value) -> None:
 def check_value(key: str, value, cfg: DictConfig, adds: bool) -> None:
     """The value must be of the kind that stands there by default; of a mapping this holds key by key."""
     default = OmegaConf.select(cfg, key)
-    if not isinstance(default, DictConfig):
-        return None if default is None else check_type(key, value, default)
-    if value is None and key.rpartition(".")[2] in OPTIONAL:
-        return None
+    wanted, fits = kind(value, default)
+    if not fits:
+        raise UserError(f"{key}={show(value)}: expected {wanted}, as {show(default)}")
+    if not isinstance(default, DictConfig) or (value is None and key.rpartition(".")[2] in OPTIONAL):
+        return
     if not isinstance(value, dict):
         raise UserError(f"{key}={show(value)}: expected a mapping, with the keys {', '.join(default)}")
     for child, one in value.items():
@@ -155,12 +155,6 @@ def kind(value, default) -> tuple[str, bool]:
     return kinds.get(type(default), ("a value", True))
 
 
-def check_type(key: str, value, default) -> None:
-    wanted, fits = kind(value, default)
-    if not fits:
-        raise UserError(f"{key}={show(value)}: expected {wanted}, as {show(default)}")
-
-
 def show(value) -> str:
     """As it is written in an override."""
     if isinstance(value, (list, ListConfig)):
@@ -176,12 +170,17 @@ def check(overrides: list[str]) -> None:
     chosen = [o for o in parsed if o.key_or_group.lstrip("/") in groups()]
     for o in chosen:
         check_choice(o)
-    for lines in variants(chosen):
-        cfg = hydra_compose("config", lines)
-        known = flat(cfg)
-        for o in parsed:
-            if o not in chosen:
-                check_key(o, known, cfg)
+    values = [o for o in parsed if o not in chosen]
+    for lines in variants(chosen) if values else ():
+        for o in values:
+            check_key(o, *defaults(tuple(lines)))
+
+
+@lru_cache(maxsize=256)
+def defaults(choices: tuple[str, ...]) -> tuple[dict, DictConfig]:
+    """(every key, the configuration) of a choice in each group; call inside an initialised Hydra, and change nothing."""
+    cfg = hydra_compose("config", list(choices))
+    return flat(cfg), cfg
 
 
 def variants(chosen: list[Override]) -> list[list[str]]:

@@ -14,6 +14,7 @@ DECLARED = (
 )  # fmt: skip
 
 
+@cache
 def source(dotted: str | None) -> tuple[str, dict]:
     """(the paper named in the module's docstring, the constants that its class declares or inherits) for a target in bdx."""
     if not dotted or not dotted.startswith("bdx."):

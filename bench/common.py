@@ -84,7 +84,7 @@ class Place:
         return build_attack(compose(list(overrides)), data).to(self.device)
 
     def trainer(self, stage: str, epochs: int, **more):
-        how = {"device": self.device, "precision": "bf16-mixed", "seed": 0}
+        how = {"device": torch.device(self.device), "precision": "bf16-mixed", "seed": 0}
         return make_trainer(stage, epochs, report=lambda *_: None, **how, **more)
 
 

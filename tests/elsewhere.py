@@ -1,7 +1,8 @@
 """A device that is not the CPU, on a machine without one, and what of bdx runs there: a script for test_device.
 
 A tensor on it holds a CPU tensor and computes there, but as on a GPU it cannot be mixed with tensors of the CPU, wants
-random numbers from its own device's generator and does not become a numpy array. Prints one JSON line for each run.
+random numbers from its own device's generator and does not become a numpy array. Prints one JSON line for each run:
+[name, what went wrong, where a training step waited for the device to give a number away].
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch.utils._pytree import tree_iter, tree_map_only
 aten = torch.ops.aten
 BETWEEN = {aten._to_copy.default, aten.copy_.default}  # they move from one device to another
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default}
+WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default}  # the CPU must know the value
 Real = torch.Generator
+waits: list[str] = []
 
 
 class Module(registration._DummyBackendModule):
@@ -56,6 +59,7 @@ class There(Tensor):
     is_cuda = True  # what bdx does otherwise on a GPU is to be seen as well
 
     def tolist(self):
+        waited("tolist")
         return self.raw.detach().tolist()
 
     def numpy(self, *_, **__):
@@ -111,6 +115,8 @@ def compute(func, args, kwargs):
         return func(*args, **kwargs)
     if func not in BETWEEN and there:
         alone(func, args, tensors)
+    if there and (func in WAITING or wanted is False or (func in INDEXING and any(masks(args[1])))):
+        waited(str(func))
     args_raw, kwargs_raw = tree_map_only(There, lambda t: t.raw, (args, kwargs))
     if wanted is not None:
         kwargs_raw["device"] = torch.device("cpu")
@@ -132,6 +138,24 @@ def alone(func, args, tensors: list[Tensor]) -> None:
     if others:
         shapes = [(tuple(t.shape), "there" if isinstance(t, There) else "cpu") for t in tensors]
         raise RuntimeError(f"{func}: expected all tensors to be on the same device, found {shapes}")
+
+
+def masks(indices) -> list[bool]:
+    """How many a mask lets through, only the device knows."""
+    return [isinstance(i, Tensor) and i.dtype == torch.bool for i in indices]
+
+
+def waited(what: str) -> None:
+    """Keep where, if that was in a training step."""
+    frame, place = sys._getframe(1), ""
+    while frame:
+        code = frame.f_code
+        if not place and "/bdx/" in code.co_filename:
+            place = f"{Path(code.co_filename).name}:{frame.f_lineno} {what}"
+        if code.co_name == "training_step":
+            waits.append(place)
+            return
+        frame = frame.f_back
 
 
 def moved(self, fn, recurse=True, apply=nn.Module._apply):
@@ -207,6 +231,7 @@ def main(kind: str, folder: Path, runs: list[list]) -> None:
     do = {"run": run, "detect": detect}[kind]
     for name, words in runs:
         net, said = next(folder.glob("out/nets/*/net.safetensors"), None), ""
+        waits.clear()
         words = [*(w.replace("NET", str(net)) for w in words), f"paths.data={folder / 'data'}", f"paths.out={folder / 'out'}"]
         try:
             cfg = compose(words)
@@ -214,7 +239,7 @@ def main(kind: str, folder: Path, runs: list[list]) -> None:
                 do(cfg, Screen(quiet=True))
         except Exception:
             said = traceback.format_exc()
-        print(json.dumps([name, said]), flush=True)
+        print(json.dumps([name, said, sorted(set(waits))]), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ast
 import inspect
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -119,9 +120,14 @@ def test_what_runs_before_a_run_imports_no_torch(module):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@cache
+def node_of(group: str, name: str):
+    return compose([f"{group}={name}"])[group]
+
+
 def method_of(group: str, name: str):
     """The class that `group=name` builds."""
-    target = compose([f"{group}={name}"])[group]._target_
+    target = node_of(group, name)._target_
     module, _, attribute = target.rpartition(".")
     return getattr(import_module(module), attribute)
 
@@ -142,7 +148,7 @@ GIVEN_BY_RUN = {"attack": {"shape", "num_classes", "recipe", "seed"}, "defense":
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g in GIVEN_BY_RUN for n in names(g)])
 def test_yaml_and_constructor_agree(group, name):
-    cls, node = method_of(group, name), compose([f"{group}={name}"])[group]
+    cls, node = method_of(group, name), node_of(group, name)
     wanted = arguments(cls)
     assert set(wanted) - GIVEN_BY_RUN[group] == set(node) - {"_target_"}
     for key, parameter in wanted.items():
@@ -153,7 +159,7 @@ def test_yaml_and_constructor_agree(group, name):
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g in GIVEN_BY_RUN for n in names(g)])
 def test_same_stem_in_conf_and_package(group, name):
-    target = compose([f"{group}={name}"])[group]._target_
+    target = node_of(group, name)._target_
     _, folder, stem, _ = target.split(".")
     assert folder == f"{group}s"
     if not (name == stem or name.startswith(f"{stem}_")):  # a variant that was published under a name of its own

@@ -144,11 +144,18 @@ class NeedsTrain(Defense):
     needs = frozenset({"train"})
 
 
-@pytest.mark.parametrize("reserved", [["count=10"], ["count=4", "balanced=false"]], ids=["one of each class", "classes absent"])
+@pytest.fixture(scope="module")
+def scarce(shared, victim):
+    """The poisoned data with 10 or 4 reserved images."""
+    asked = {10: ["count=10"], 4: ["count=4", "balanced=false"]}
+    few = {n: fewer(load_digits(shared, *(f"dataset.reserved.{word}" for word in words))) for n, words in asked.items()}
+    return {n: data.poisoned(victim.poison(data.train)) for n, data in few.items()}
+
+
+@pytest.mark.parametrize("reserved", [10, 4], ids=["one of each class", "classes absent"])
 @pytest.mark.parametrize("name", DEFENSES)
-def test_few_reserved_images_are_enough(name, reserved, victim, shared, quick_trainer):
-    few = fewer(load_digits(shared, *(f"dataset.reserved.{r}" for r in reserved)))
-    few = few.poisoned(victim.poison(few.train))
+def test_few_reserved_images_are_enough(name, reserved, scarce, victim, quick_trainer):
+    few = scarce[reserved]
     defense = build_defense(compose([*TINY, f"defense={name}", *short(name)]), victim)
     if "clean" not in defense.needs:
         pytest.skip("takes no reserved image")

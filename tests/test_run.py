@@ -198,7 +198,8 @@ def fitted(digits, epochs_alive: int | None, checkpoint: Path) -> dict:
             raise Killed
 
     def trainer(stage, epochs, checkpoint=None):
-        made = make_trainer(stage, epochs, device=torch.device("cpu"), precision="32-true", seed=0, report=report, checkpoint=checkpoint)
+        how = {"device": torch.device("cpu"), "precision": "32-true", "seed": 0}
+        made = make_trainer(stage, epochs, report=report, checkpoint=checkpoint, **how)
         made.callbacks[0].pause = 0  # every epoch is worth a checkpoint
         return made
 

@@ -9,7 +9,8 @@ import json
 from statistics import mean
 
 import pytest
-from conftest import ROOT, names
+from conftest import CONF, ROOT, names
+from omegaconf import OmegaConf
 
 from bdx import declared, grid, layout, recipe, tables
 from bdx.agreement import tau, verdict
@@ -153,6 +154,12 @@ def test_what_bdx_does_not_have_is_named():
     assert "no such key" in cell.lacks
 
 
+def target(group: str, name: str) -> str:
+    """The class of a choice: its YAML's, or else that of the choice it starts from."""
+    node = OmegaConf.load(CONF / group / f"{name}.yaml")
+    return node.get("_target_") or target(group, node.defaults[0])
+
+
 def test_a_cell_that_needs_a_poisoned_set_which_its_attack_does_not_leave_is_missing():
     """As the command of that one cell refuses it; told from source text, without torch."""
     from hydra.utils import get_class
@@ -164,7 +171,6 @@ def test_a_cell_that_needs_a_poisoned_set_which_its_attack_does_not_leave_is_mis
     assert by.pop(("wanet", "ep")) == "a poisoned training set of attack=wanet"
     assert len(by) == 3
     assert not any(by.values())
-    target = lambda group, name: compose([f"{group}={name}"])[group]["_target_"]
     attacks = {target("attack", name) for name in names("attack")}
     defenses = {target("defense", name) for name in names("defense")}
     for a, d in itertools.product(attacks, defenses):

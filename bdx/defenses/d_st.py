@@ -91,7 +91,7 @@ class DST(Separation):
         def loss(batch) -> Tensor:
             surgery.still_batchnorm(self.net)
             ce, s = F.cross_entropy(self.net(batch.x), batch.y, reduction="none"), sign[batch.index]
-            return sum((s * ce)[part].sum() / part.sum().clamp_min(1) for part in (s > 0, s <= 0))
+            return sum((s * ce * part).sum() / part.sum().clamp_min(1) for part in (s > 0, s <= 0))
 
         self.fit("head", batches, loss, make_trainer, head.parameters())
         return self.net.requires_grad_(True)

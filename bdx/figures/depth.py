@@ -66,7 +66,6 @@ def in_order(layers: pd.Series, net: Classifier | None) -> tuple[pd.Series, dict
         rank = {d: i for i, d in enumerate(places.DEPTHS)}
         names = sorted(layers.unique(), key=lambda n: (rank.get(n, len(rank)), n))
         return layers, {n: i for i, n in enumerate(names)}
-    import torch
 
     sample, started = net.sample(), []
     places.trace(net, sample, lambda name, *_: started.append(name))
