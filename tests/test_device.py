@@ -25,23 +25,27 @@ pytestmark = [
     ),
 ]
 SCRIPT = Path(__file__).with_name("elsewhere.py")
-ONCE = [*TINY, "train.epochs=1", "attack=badnets", "attack.target=3", "attack.ratio=0.1"]
+FEW = [*TINY, "train.epochs=1", "dataset.reserved.count=50"]
+ONCE = [*FEW, "attack=badnets", "attack.target=3", "attack.ratio=0.1"]
 OF_ATTACKS = {name: [f"attack.{key}" for key in BRIEF[name]] for name in BRIEF} | QUICK
 OF_ATTACKS |= {
+    "adaptive_blend": ["attack.ratio=0.1", "attack.cover_ratio=0.1"],
     "badnets": ["attack.ratio=0.1"],
+    "blind": ["attack.history=1"],
     "narcissus": ["attack.rounds=1", "attack.batch=8", "attack.lr=1.0"],
     "given": ["attack.file=NET"],
+    "refool": ["attack.reflections=8"],
     "multi": ["attack.parts=[{attack:badnets,target:0},{attack:blended,target:1}]"],
 }
 
 
 def attack(name: str) -> list[str]:
     own = [*OF_ATTACKS.get(name, []), *SMALL.get(name, [])]
-    return [*TINY, "train.epochs=1", f"attack={name}", *own, "defense=ft", "defense.epochs=1"]
+    return [*FEW, f"attack={name}", *own, "defense=ft", "defense.epochs=1"]
 
 
 def defense(name: str) -> list[str]:
-    return [*ONCE, f"defense={name}", *short(name)]
+    return [*ONCE, f"defense={name}", *short(name), *["defense.batch=64"] * (name == "dp")]
 
 
 def detector(name: str) -> list[str]:
