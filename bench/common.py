@@ -17,7 +17,7 @@ from bdx.backdoor import build_attack
 from bdx.configure import compose
 from bdx.datasets.base import ImageData
 from bdx.split import Split
-from bdx.training import make_trainer
+from bdx.training import accelerate, make_trainer
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
 
@@ -84,7 +84,7 @@ class Place:
         return build_attack(compose(list(overrides)), data).to(self.device)
 
     def trainer(self, stage: str, epochs: int, **more):
-        how = {"device": torch.device(self.device), "precision": "bf16-mixed", "seed": 0}
+        how = {"device": accelerate("gpu" if self.gpu else "cpu"), "precision": "bf16-mixed", "seed": 0}
         return make_trainer(stage, epochs, report=lambda *_: None, **how, **more)
 
 
