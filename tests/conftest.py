@@ -20,7 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each of them gets one thread, and wha
 TINY = ["dataset=digits", "arch.width=8", "train=fast", "train.batch=64", "train.precision=32-true", "logger=none"]
 
 
-LONGEST = ("test_run", "test_sweep", "test_defenses", "test_cli", "test_attacks")
+LONGEST = ("test_device", "test_run", "test_defenses", "test_sweep", "test_cli", "test_cnpd", "test_attacks")
 
 
 def pytest_collection_modifyitems(items) -> None:

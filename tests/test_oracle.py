@@ -33,7 +33,7 @@ def ran(shared, out, *overrides) -> tuple[dict, list[dict], dict]:
     ("name", "choice", "values"),
     [
         (["clp", "select=accuracy", "max_drop=0.3"], "threshold", [f"{10 - i / 2}" for i in range(21)]),
-        (["ft", "epochs=2"], "epoch", ["1", "2"]),
+        (["ft", "epochs=3", "optimizer.lr=0.1"], "epoch", ["1", "2", "3"]),
     ],
     ids=["clp", "ft"],
 )
