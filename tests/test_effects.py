@@ -25,7 +25,7 @@ STILL = "dataset.augment.crop=0"  # crops cut off what lies at the border
 TOGETHER = [  # one training for several triggers, each to a class of its own; fainter ones want more here than on photographs
     (
         "{attack:blended,ratio:0.05}", "{attack:trojan_sq_8x8,ratio:0.08}", "{attack:trojan_wm,ratio:0.08}",
-        "{attack:smooth,ratio:0.05}", "{attack:sig_wrapped,ratio:0.08,alpha:0.5}",
+        "{attack:smooth,ratio:0.05}", "{attack:sig_wrapped,ratio:0.07,alpha:0.5}",
     ),
     (
         "{attack:blend,ratio:0.05}", "{attack:badnet_white,ratio:0.08}", "{attack:trojan,ratio:0.05}",
