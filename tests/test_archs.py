@@ -156,7 +156,7 @@ def test_the_thinnest_net_learns_from_an_odd_batch_with_two_threads():
     code = (
         "import torch; from bdx.archs.preact_resnet import preact_resnet18; torch.set_num_threads(2)\n"
         "net = preact_resnet18(num_classes=10, width=8, final_norm=False).to(memory_format=torch.channels_last)\n"
-        "for _ in range(8): net(torch.rand(3, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward()"
+        "for _ in range(20): net(torch.rand(3, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward()"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-500:]

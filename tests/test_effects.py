@@ -101,8 +101,8 @@ def worst(row: dict) -> float:
 
 
 def tried(cell, clean: float, *words: str) -> dict:
-    """The row of the first of three seeds that works, or else of the last: of trainings on 1,438 images one in five does not
-    take to its trigger, and which one hangs on how a CPU rounds."""
+    """The row of the first of three seeds that works, or else of the last: on 1,438 images some trainings do not take, and
+    which ones hangs on how a CPU rounds (4 of 15 on one that was new here)."""
     for seed in range(3):
         row = cell(*words, f"seed={seed}")
         if worst(row) >= 0.9 and row["acc"] >= clean - 0.05:

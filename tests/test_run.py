@@ -270,7 +270,7 @@ def of_make_demo() -> dict | None:
         return None
     row = results.finished(compose(["experiment=demo", f"paths.data={ROOT / 'data'}", f"paths.out={ROOT / 'outputs'}"]))
     commit = provenance()["commit"]
-    return row if row and row["commit"] == commit and not commit.endswith("-dirty") else None
+    return row if row and row["commit"] == commit and commit != "unknown" and not commit.endswith("-dirty") else None
 
 
 @pytest.mark.slow
