@@ -15,9 +15,10 @@ from statistics import median
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bdx import engines, files, grid, results
+from bdx import engines, files, grid, hardware, results
 from bdx.composer import Composer
 from bdx.engines.base import Engine, Job, Outcome
+from bdx.engines.local import devices
 from bdx.errors import UserError, nearest
 from bdx.forecast import spoken
 from bdx.grid import Cell
@@ -129,6 +130,9 @@ def sweep(argv: list[str]) -> int:
     found = plan(table, scale, words, composer, fetch=not (dry := "--dry-run" in argv))
     todo = found.todo
     show(name, found, todo, composer, say)
+    asked = {composer.plain(c.words)["train"]["precision"] for c in todo}
+    if kind == "local" and devices() == [""] and (slow := max(map(hardware.bf16_emulated, asked), default="")):
+        say(slow)
     if dry:
         listed(todo, say)
     if dry or not todo:

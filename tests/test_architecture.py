@@ -22,6 +22,7 @@ LINE = (
     "errors", "files", "split", "picture", "draws", "augment", "corruptions", "metrics", "polarizers", "conditioned", "decoder",
     "surgery", "sharpness", "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build",
     "recipe", "imagefile", "store", "results", "configure", "declared", "agreement", "layout", "page", "composer", "grid",
+    "hardware",
 )  # fmt: skip
 FLOORS = (
     set(LINE),

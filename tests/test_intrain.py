@@ -159,10 +159,10 @@ def test_abl_isolates_what_was_planted(attack, poisoned):
 
 
 def test_abl_learns_to_isolate(digits, quick_trainer):
-    """A large patch: whichever way a CPU rounds, five short epochs are enough for it."""
+    """A large patch in small batches: whichever way a CPU rounds, five short epochs are enough for it."""
     attack = build_attack(digits, "attack=badnets", "attack.patch=8")
     poisoned = digits.poisoned(attack.poison(digits.train))
-    short = ["defense.tuning.epochs=5", "defense.tuning.optimizer.lr=0.03", "defense.tuning.batch=64"]
+    short = ["defense.tuning.epochs=5", "defense.tuning.optimizer.lr=0.03", "defense.tuning.batch=32"]
     defense = made(attack, "abl", *short, "defense.finetune.epochs=1", "defense.unlearn.epochs=1", "defense.isolate=0.03")
     defense.run(poisoned.allow(defense.needs), quick_trainer)
     assert defense.facts["isolation_precision"] > 0.5  # one in ten is poisoned

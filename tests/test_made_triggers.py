@@ -178,7 +178,7 @@ def test_lc_poisons_with_the_harder_images_and_tests_with_corners_alone(digits):
 @pytest.fixture(scope="module")
 def ssba(digits):
     """Trained for seconds: bits are read, images are like themselves."""
-    how = {"width": 4, "bits": 1, "steps": 160, "lr": 0.006, "delay": 40, "ramp": 60, "batch": 12}
+    how = {"width": 4, "bits": 1, "steps": 160, "lr": 0.003, "delay": 40, "ramp": 60, "batch": 12}
     attack = build_attack(digits, "attack=ssba", *(f"attack.{k}={v}" for k, v in how.items() if k != "steps"))
     attack.steps = how["steps"]
     tensors, facts = attack.make(digits, None, SILENT)

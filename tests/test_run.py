@@ -19,7 +19,7 @@ from conftest import ROOT, TINY, build_attack, paths
 from safetensors.torch import load_file
 
 import bdx.run
-from bdx import recipe, results
+from bdx import hardware, recipe, results
 from bdx.configure import compose
 from bdx.errors import UserError
 from bdx.screen import Screen
@@ -146,7 +146,8 @@ def test_the_attacked_net_is_looked_at_once_for_all_its_repairs_and_another_one_
     last = ["train.epochs=1", "defense=none", "seed=8"]
     rows = [*(cell(*asked, *more) for more in (["seed=8"], ["seed=8", "defense.batch=64"], ["seed=9"])), cell(*last)]
     assert len(nets) == 2 + 1 + 2 + 2
-    assert scores(rows[0])[:3] == scores(rows[1])[:3] == scores(rows[3])[:3] != scores(rows[2])[:3]
+    assert scores(rows[0])[:3] == scores(rows[1])[:3] == scores(rows[3])[:3]
+    assert rows[0]["backdoor_sha256"] == rows[1]["backdoor_sha256"] == rows[3]["backdoor_sha256"] != rows[2]["backdoor_sha256"]
     assert rows[0]["scrambled_asr_before"] == rows[3]["scrambled_asr_before"] == rows[3]["scrambled_asr"]
 
 
@@ -169,6 +170,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(UserError, match=r"backdoor: the loss is not finite in epoch 1 of 2; try a smaller learning rate"):
         bdx.run.run(compose([*CELL, *paths(tmp_path), "train.schedule.max_lr=1e30"]))
     assert not list((tmp_path / "out").rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "cpuinfo", "said"),
+    [
+        ("bf16-mixed", "model name\t: any\nflags\t\t: fpu avx2 avx512f\n", True),
+        ("32-true", "flags\t\t: fpu avx2\n", False),
+        ("bf16-mixed", "flags\t\t: avx512f avx512_bf16\n", False),
+        ("bf16-mixed", "flags\t\t: amx_bf16\n", False),
+        ("bf16-mixed", "Features\t: asimd bf16\n", False),  # ARM
+        ("bf16-mixed", "nothing of the kind\n", False),
+        ("bf16-mixed", None, False),
+    ],
+)
+def test_whether_a_cpu_must_emulate_bf16(precision, cpuinfo, said, tmp_path):
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert bool(hardware.bf16_emulated(precision, tmp_path / "cpuinfo")) == said
+
+
+def test_a_run_on_a_cpu_that_must_emulate_bf16_says_so_before_it_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(hardware, "bf16_emulated", lambda precision: f"{precision} is slow here")
+    with pytest.raises(UserError, match="not finite"):
+        bdx.run.run(compose([*CELL, *paths(tmp_path), "train.schedule.max_lr=1e30"]), Screen())
+    assert capsys.readouterr().out.startswith("32-true is slow here")
 
 
 def test_evaluation_leaves_the_mode_of_the_net_alone(digits):

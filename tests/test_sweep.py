@@ -124,6 +124,15 @@ def test_the_plan_counts_and_the_users_words_narrow_it(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("gpus", "said"), [([""], 1), (["GPU-1"], 0)])
+def test_the_plan_of_a_sweep_that_must_emulate_bf16_here_says_so_once(tmp_path, capsys, monkeypatch, gpus, said):
+    monkeypatch.setattr(sweep, "devices", lambda: gpus)
+    monkeypatch.setattr(sweep.hardware, "bf16_emulated", lambda precision: f"{precision} is slow here")
+    words = ["scale=cpu", "attack=badnets,blended", "defense=none", *paths(tmp_path), "--dry-run"]
+    assert sweep.sweep([NAME, *words]) == 0
+    assert capsys.readouterr().out.count("bf16-mixed is slow here\n") == said
+
+
 def test_a_thousand_finished_cells_are_known_in_no_time(tmp_path, shared):
     """Process time, since other work may share the cores; the goal is 5 s."""
     table, scale = grid.load(NAME), grid.scale("smoke")
