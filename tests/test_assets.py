@@ -60,7 +60,7 @@ def test_three_things_are_kept_and_the_trigger_travels_with_the_weights(trojan):
     assert made.meta["cost"] <= made.meta["cost_first"]
     assert torch.equal(find(root, row["backdoor"]).tensors["added"], made.tensors["added"])
     attack = Stored(row["id"], paths(root)).attack  # built from the recipe, with nothing made again
-    black = torch.zeros(1, 3, 32, 32)
+    black = torch.zeros(1, *made.tensors["added"].shape)
     assert torch.equal(attack.trigger(black)[0], made.tensors["added"])
     assert made.tensors["added"].any()
 

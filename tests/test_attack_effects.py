@@ -67,14 +67,14 @@ def test_narcissus_noise_comes_back_from_its_bound(digits):
 
 
 @pytest.fixture
-def kept(digits, tmp_path):
+def kept(small, tmp_path):
     """A store with a LIRA whose noise is far from a fresh one's, and a row that measured it."""
     words = [*TINY, *paths(tmp_path), "attack=lira", "attack.eps=0.1"]
-    attack = build_attack(digits, "attack=lira", "attack.eps=0.1")
+    attack = build_attack(small, "attack=lira", "attack.eps=0.1")
     with torch.no_grad():
         attack.fixed[-2].bias.fill_(9.0)
-    of = recipe.of_backdoor(compose(words), digits.sha256)
-    tensors = attack.state_dict() | {"split.poisoned": digits.train.poisoned, "split.reserved": digits.reserved}
+    of = recipe.of_backdoor(compose(words), small.sha256)
+    tensors = attack.state_dict() | {"split.poisoned": small.train.poisoned, "split.reserved": small.reserved}
     artifact = Store(tmp_path / "out" / "store").get_or_make(of, lambda _: (tensors, {}))
     row = {"id": "0" * 16, "backdoor": artifact.id, "acc_before": 0.9123, "asr_before": 0.5, "seconds_attack": 77.4}
     (tmp_path / "out" / "results").mkdir()

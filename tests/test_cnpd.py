@@ -26,6 +26,11 @@ TRAINER = partial(make_trainer, device=torch.device("cpu"), precision="32-true",
 
 
 @pytest.fixture(scope="module")
+def digits(small):
+    return small
+
+
+@pytest.fixture(scope="module")
 def attack(digits):
     """A net that three epochs at a gentle rate have taught something, in eval mode."""
     gentle = ["train.epochs=3", "train.optimizer.lr=0.01", "train.schedule.max_lr=0.05"]

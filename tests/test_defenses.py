@@ -49,8 +49,8 @@ def fewer(data):
 
 
 @pytest.fixture(scope="module")
-def digits(shared):
-    return fewer(load_digits(shared))
+def digits(small):
+    return fewer(small)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ class NeedsTrain(Defense):
 def scarce(shared, victim):
     """The poisoned data with 10 or 4 reserved images."""
     asked = {10: ["count=10"], 4: ["count=4", "balanced=false"]}
-    few = {n: fewer(load_digits(shared, *(f"dataset.reserved.{word}" for word in words))) for n, words in asked.items()}
+    few = {n: fewer(load_digits(shared, *TINY[:2], *(f"dataset.reserved.{word}" for word in words))) for n, words in asked.items()}
     return {n: data.poisoned(victim.poison(data.train)) for n, data in few.items()}
 
 

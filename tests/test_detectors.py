@@ -39,9 +39,8 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def digits(shared):
-    """In place of the session's: 16×16, which is a quarter of the work."""
-    return load_digits(shared, "dataset.source.size=16")
+def digits(small):
+    return small
 
 
 @pytest.fixture(scope="module")

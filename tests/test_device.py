@@ -34,6 +34,7 @@ OF_ATTACKS |= {
     "blind": ["attack.history=1"],
     "narcissus": ["attack.rounds=1", "attack.batch=8", "attack.lr=1.0"],
     "given": ["attack.file=NET"],
+    "l0_invisible": ["dataset.source.size=32"],  # its nine pixels are placed by hand
     "refool": ["attack.reflections=8"],
     "multi": ["attack.parts=[{attack:badnets,target:0},{attack:blended,target:1}]"],
 }

@@ -65,6 +65,11 @@ def test_the_key_is_no_part_of_a_run():
 
 
 @pytest.fixture(scope="module")
+def digits(small):
+    return small
+
+
+@pytest.fixture(scope="module")
 def attack(digits):
     return build_attack(digits, "attack=badnets")
 

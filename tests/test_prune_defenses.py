@@ -26,6 +26,11 @@ from bdx.training import make_trainer
 
 
 @pytest.fixture(scope="module")
+def digits(small):
+    return small
+
+
+@pytest.fixture(scope="module")
 def attack(digits):
     """Two epochs: enough for BatchNorm's statistics to mean something."""
     made = build_attack(digits, "attack=badnets", "train.epochs=2")

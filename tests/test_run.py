@@ -211,6 +211,12 @@ def test_evaluation_leaves_the_mode_of_the_net_alone(digits):
 # resume
 
 
+@pytest.fixture(scope="module")
+def whole(small, tmp_path_factory):
+    """Weights of the training that nobody interrupted."""
+    return fitted(small, None, tmp_path_factory.mktemp("whole") / "a.ckpt")
+
+
 def fitted(digits, epochs_alive: int | None, checkpoint: Path) -> dict:
     """Weights after 4 epochs; killed after `epochs_alive` if that is a number."""
     attack = build_attack(digits, "attack=badnets", "train.epochs=4", "dataset.augment.crop=2")
@@ -236,19 +242,16 @@ def fitted(digits, epochs_alive: int | None, checkpoint: Path) -> dict:
     return attack.net.state_dict()
 
 
-def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(digits, tmp_path):
-    whole = fitted(digits, None, tmp_path / "a.ckpt")
-    fitted(digits, 2, tmp_path / "b.ckpt")
-    resumed = fitted(digits, None, tmp_path / "b.ckpt")
-    assert equal(resumed, whole)
+def test_a_resumed_training_is_the_uninterrupted_one_bit_for_bit(small, whole, tmp_path):
+    fitted(small, 2, tmp_path / "b.ckpt")
+    assert equal(fitted(small, None, tmp_path / "b.ckpt"), whole)
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_an_interruption_keeps_the_last_finished_epoch_and_what_is_resumed_is_the_same(digits, tmp_path, epoch):
+def test_an_interruption_keeps_the_last_finished_epoch_and_what_is_resumed_is_the_same(small, whole, tmp_path, epoch):
     """Ctrl-C (and SIGTERM, SIGUSR2, which become one) in the middle of an epoch, seconds after the training began."""
-    whole = fitted(digits, None, tmp_path / "a.ckpt")
-    attack = build_attack(digits, "attack=badnets", "train.epochs=4", "dataset.augment.crop=2")
-    data = digits.poisoned(attack.poison(digits.train))
+    attack = build_attack(small, "attack=badnets", "train.epochs=4", "dataset.augment.crop=2")
+    data = small.poisoned(attack.poison(small.train))
     step, before = attack.training_step, signal.getsignal(signal.SIGINT)
 
     def interrupted(batch, batch_idx):
@@ -264,7 +267,7 @@ def test_an_interruption_keeps_the_last_finished_epoch_and_what_is_resumed_is_th
     assert (tmp_path / "b.ckpt").exists() == (epoch > 0)
     if epoch:
         assert torch.load(tmp_path / "b.ckpt", weights_only=True)["epoch"] == epoch - 1
-        assert equal(fitted(digits, None, tmp_path / "b.ckpt"), whole)
+        assert equal(fitted(small, None, tmp_path / "b.ckpt"), whole)
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -53,9 +53,12 @@ class Stored:
 
     @cached_property
     def cfg(self) -> dict:
-        """The defaults of its data set and attack, with NPD's values for what a figure needs of them, and `overrides`."""
+        """Its data set, the defaults of its attack, with NPD's values for what a figure needs of them, and `overrides`."""
         names = [f"{group}={self.row[group]}" for group in ("dataset", "attack")]
         cfg = compose([*names, "defense=npd", *self.overrides])
+        for key, value in self.row.items():
+            if key.startswith("dataset.") and not any(o.startswith(f"{key}=") for o in self.overrides):
+                OmegaConf.update(cfg, key, value)
         return OmegaConf.to_container(cfg, resolve=True)
 
     @cached_property
