@@ -148,7 +148,8 @@ class NeedsTrain(Defense):
 def scarce(shared, victim):
     """The poisoned data with 10 or 4 reserved images."""
     asked = {10: ["count=10"], 4: ["count=4", "balanced=false"]}
-    few = {n: fewer(load_digits(shared, *TINY[:2], *(f"dataset.reserved.{word}" for word in words))) for n, words in asked.items()}
+    words = {n: [*TINY[:2], *(f"dataset.reserved.{word}" for word in of)] for n, of in asked.items()}
+    few = {n: fewer(load_digits(shared, *of)) for n, of in words.items()}
     return {n: data.poisoned(victim.poison(data.train)) for n, data in few.items()}
 
 

@@ -21,6 +21,7 @@ from bdx.run import run
 pytestmark = pytest.mark.effects
 
 HOW = ["defense=none", "train.optimizer.lr=0.05", "train.schedule.max_lr=0.1"]
+WHOLE = "dataset.source.size=32"  # faint and small triggers want the size that they were drawn for; the others learn at 16
 STILL = "dataset.augment.crop=0"  # crops cut off what lies at the border
 TOGETHER = [  # one training for several triggers, each to a class of its own; fainter ones want more here than on photographs
     (
@@ -29,7 +30,7 @@ TOGETHER = [  # one training for several triggers, each to a class of its own; f
     ),
     (
         "{attack:blend,ratio:0.05}", "{attack:badnet_white,ratio:0.08}", "{attack:trojan,ratio:0.05}",
-        "{attack:smooth_gtsrb,ratio:0.05}", "{attack:sig,ratio:0.06,delta:60}",
+        "{attack:smooth_gtsrb,ratio:0.05}",
     ),
     (
         "{attack:blended_noise,ratio:0.05}", "{attack:badnets,ratio:0.08}", "{attack:l2_invisible,ratio:0.05}",
@@ -49,8 +50,9 @@ ALONE = {
     "ctrl": ["attack.target=3", "attack.ratio=0.07", "attack.magnitude=1200.0", "train.epochs=12"],
     # without images that carry another's trigger: 22 steps an epoch are too few to tell those apart (ASR 0.66 to 0.93)
     "input_aware": ["attack.mask.epochs=2", "attack.widths=[16,32]", "attack.cross_ratio=0.0", "train.epochs=12"],
-    "lba": ["attack.target=3", "attack.steps=30", "attack.images=200", "train.epochs=10"],
+    "lba": [WHOLE, "attack.target=3", "attack.steps=30", "attack.images=200", "train.epochs=10"],
     "lc": [
+        WHOLE,
         "attack.target=3",
         "attack.ratio=0.9",
         "attack.ratio_of=candidates",
@@ -58,11 +60,13 @@ ALONE = {
     ],  # clean images of a class are left
     "lf": ["attack.target=3", "train.epochs=12"],
     # ten times the published rate, for a hundredth of its steps
-    "lira": ["attack.target=3", "attack.generator.optimizer.lr=0.001", "attack.joint=0.6", "train.epochs=10"],
+    "lira": [WHOLE, "attack.target=3", "attack.generator.optimizer.lr=0.001", "attack.joint=0.6", "train.epochs=10"],
+    "sig": ["attack.target=3", "attack.ratio=0.07", "attack.delta=60", "train.epochs=12"],
     "ssba": [
+        WHOLE,
         "attack.target=3",
         "train.epochs=12",
-        *(f"attack.{k}" for k in ("width=4", "steps=300", "batch=16", "lr=0.005", "delay=60", "ramp=120")),
+        *(f"attack.{k}" for k in ("width=4", "steps=300", "batch=16", "lr=0.003", "delay=60", "ramp=120", "image_weight=3.0")),
     ],
     # images scaled up by 4 want a warp as much wider; 12 epochs of 22 steps are too few to tell it from noisy ones
     "wanet": ["attack.s=4.0", "attack.cross_ratio=0.0", "train.epochs=12"],
@@ -87,12 +91,13 @@ def photographs(tmp_path_factory) -> list[str]:
     some = {k: v[: 5000 if k.startswith("train") else 1000] for k, v in load_file(here).items()}
     (folder / "data").mkdir()
     imagefile.write(folder / "data" / here.name, some, **about)
-    return ["experiment=cpu_scale", "train.epochs=6", "train.schedule.max_lr=0.1", *paths(folder)]
+    words = ["arch.width=8", "train.precision=32-true", "train.epochs=6", "train.schedule.max_lr=0.1"]
+    return ["experiment=cpu_scale", *words, *paths(folder)]
 
 
-@pytest.fixture(scope="module")
-def clean(cell):
-    return cell("attack=none", *HOW, "train.epochs=12")["acc"]
+def clean(cell, words) -> float:
+    """The ACC of clean training on the same images; the store keeps it."""
+    return cell("attack=none", *HOW, *[WHOLE] * (WHOLE in words), "train.epochs=12")["acc"]
 
 
 def worst(row: dict) -> float:
@@ -100,14 +105,15 @@ def worst(row: dict) -> float:
     return min([v for k, v in row.items() if k.startswith("asr_") and not k.endswith("before")] or [row["asr"]])
 
 
-def tried(cell, clean: float, *words: str) -> dict:
-    """The row of the first of three seeds that works, or else of the last: on 1,438 images some trainings do not take, and
-    which ones hangs on how a CPU rounds (4 of 15 on one that was new here)."""
+def tried(cell, *words: str) -> tuple[dict, float]:
+    """(the row, the ACC of clean training), of the first of three seeds that works, or else of the last: on 1,438 images some
+    trainings do not take, and which ones hangs on how a CPU rounds (4 of 15 on one that was new here)."""
+    unharmed = clean(cell, words)
     for seed in range(3):
         row = cell(*words, f"seed={seed}")
-        if worst(row) >= 0.9 and row["acc"] >= clean - 0.05:
+        if worst(row) >= 0.9 and row["acc"] >= unharmed - 0.05:
             break
-    return row
+    return row, unharmed
 
 
 def test_the_effect_of_every_attack_is_tested():
@@ -116,20 +122,20 @@ def test_the_effect_of_every_attack_is_tested():
 
 
 @pytest.mark.parametrize("parts", TOGETHER, ids=lambda parts: parts[0].removeprefix("{attack:").partition(",")[0])
-def test_several_triggers_at_once_each_reach_a_class_of_their_own(parts, cell, clean):
+def test_several_triggers_at_once_each_reach_a_class_of_their_own(parts, cell):
     text = ",".join(part.replace(",", f",target:{i},", 1) for i, part in enumerate(parts))
-    how = [*HOW, "train.epochs=14", *[STILL] * (len(parts) == 2)]
-    row = tried(cell, clean, "attack=multi", f"attack.parts=[{text}]", *how)
+    how = [*HOW, "train.epochs=14", *[WHOLE] * (parts is not TOGETHER[0]), *[STILL] * (len(parts) == 2)]
+    row, unharmed = tried(cell, "attack=multi", f"attack.parts=[{text}]", *how)
     assert len([k for k in row if k.startswith("asr_") and not k.endswith("before")]) == len(parts)
     assert worst(row) >= 0.9, row
-    assert row["acc"] >= clean - 0.05
+    assert row["acc"] >= unharmed - 0.05
 
 
 @pytest.mark.parametrize("name", list(ALONE))
-def test_alone_an_attack_reaches_its_class(name, cell, clean):
-    row = tried(cell, clean, f"attack={name}", *HOW, *ALONE[name])
+def test_alone_an_attack_reaches_its_class(name, cell):
+    row, unharmed = tried(cell, f"attack={name}", *HOW, *ALONE[name])
     assert row["asr"] >= 0.9, row
-    assert row["acc"] >= clean - 0.05
+    assert row["acc"] >= unharmed - 0.05
 
 
 @pytest.mark.parametrize("name", list(PHOTOGRAPHS))
