@@ -28,6 +28,7 @@ from tuning import bench_ibau, bench_mcr, bench_nad, bench_nc, bench_sau  # noqa
 
 from bdx.archs.preact_resnet import preact_resnet18
 from bdx.configure import options
+from bdx.hardware import bf16_emulated
 
 CIFAR = 50_000
 CHANGE = T.Compose([T.RandomCrop(32, 4), T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize([0.5] * 3, [0.25] * 3)])
@@ -152,6 +153,8 @@ def main() -> None:
             print("  ".join(filter(None, figure.row())), file=sys.stderr, flush=True)  # as they come: all of it takes long
         console.print(table)
     console.print(machine, soft_wrap=True)
+    if slow := bf16_emulated("bf16-mixed"):
+        console.print(slow, soft_wrap=True)
     if args.json:
         args.json.write_text(json.dumps({"machine": machine, "quick": args.quick, "figures": rows}, indent=1) + "\n")
 
