@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import nn
 
-from bdx import recipe, store, surgery
+from bdx import hardware, recipe, store, surgery
 from bdx.archs import base as archs
 from bdx.attacks.base import Attack
 from bdx.attacks.made import Made
@@ -38,6 +38,8 @@ def backdoored(
 ) -> tuple[datasets.ImageData, store.Artifact]:
     """Train `attack`, or load it from the store. Returns the data with the poisoned training set, and the artifact, whose
     seconds count what the attack is made of (but no clean net for it, which is attack=none's) and what killed runs did."""
+    if data.train.x.device.type == "cpu" and (slow := hardware.bf16_emulated(cfg.train.precision)):
+        screen.say(slow)
     wanting = [(one, part) for one, part in parts(cfg, attack) if isinstance(part, Made) and part.wanting]
     made = {a.id: a.meta["seconds"] for a in (equip(one, part, data, stored, trainer, screen) for one, part in wanting)}
     data = data.poisoned(attack.poison(data.train))

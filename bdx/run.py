@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from bdx import files, hardware, imagefile, metrics, recipe, results, store
+from bdx import files, imagefile, metrics, recipe, results, store
 from bdx.archs import base as archs
 from bdx.attacks.base import Attack
 from bdx.backdoor import backdoored, build_attack
@@ -51,8 +51,6 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
     attack = build_attack(cfg, data)
     attack.check(data.train)
     check(build_defense(cfg, attack), attack, data.augment.cutmix)
-    if device.type == "cpu" and (slow := hardware.bf16_emulated(cfg.train.precision)):
-        screen.say(slow)
     for place in ("nets", "results"):  # the store is written to before a training starts, these after it
         files.writable(paths[place], f"paths.{place}, paths.out or BDX_OUT")
     tracker = instantiate(plain["logger"], allowed=("bdx.tracking.",))

@@ -435,6 +435,7 @@ def test_the_command_draws_a_run_that_is_done(cell, shared, tmp_path, capsys):
         (["features", row["id"], "count=many"], "count=many: expected a number, as 500"),
         (["features", row["id"], "cuont=9"], "cuont: no such key"),
         (["features", row["id"], "dataset.source.size=32"], f"{row['id']} was run on other images"),
+        (["features", row["id"], "++dataset.source.size=32"], f"{row['id']} was run on other images"),
         (["depth_curve", row["id"]], "no row of a defense with a polarizer"),
     ):
         code, text = figure(*argv)

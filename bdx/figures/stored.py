@@ -16,7 +16,7 @@ from bdx import recipe, results
 from bdx.archs import base as archs
 from bdx.attacks.base import Attack
 from bdx.build import instantiate
-from bdx.configure import compose
+from bdx.configure import compose, show
 from bdx.datasets import base as datasets
 from bdx.datasets.base import ImageData
 from bdx.errors import UserError
@@ -55,10 +55,8 @@ class Stored:
     def cfg(self) -> dict:
         """Its data set, the defaults of its attack, with NPD's values for what a figure needs of them, and `overrides`."""
         names = [f"{group}={self.row[group]}" for group in ("dataset", "attack")]
-        cfg = compose([*names, "defense=npd", *self.overrides])
-        for key, value in self.row.items():
-            if key.startswith("dataset.") and not any(o.startswith(f"{key}=") for o in self.overrides):
-                OmegaConf.update(cfg, key, value)
+        own = [f"{k}={show(v)}" for k, v in self.row.items() if k.startswith("dataset.")]
+        cfg = compose([*names, "defense=npd", *own, *self.overrides])
         return OmegaConf.to_container(cfg, resolve=True)
 
     @cached_property
