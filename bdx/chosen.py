@@ -38,13 +38,13 @@ def words(row: dict) -> tuple[str, ...]:
 def ours(rows: Iterable[dict], composer: Composer) -> tuple[list[dict], set[str]]:
     """(the preset's rows, ids of those that its configuration of today makes).
 
-    A row does not name its preset: its id tells. One whose id no configuration makes any more, because a recipe has got
-    new keys since, counts if its data set, net and training are the preset's and it was measured on a CPU.
+    Its id tells that a row is the preset's; older ones do not name it. One whose id no configuration makes any more, because
+    a recipe has got new keys since, counts if its data set, net and training are the preset's and it was measured on a CPU.
     """
     names = composer.plain((f"experiment={PRESET}",))["names"]
     kept, current = [], set()
     for row in rows:
-        if any(row[k] != names[k] for k in ("dataset", "arch", "train")):
+        if any(row[k] != names[k] for k in ("dataset", "arch", "train")) or row.get("experiment", PRESET) != PRESET:
             continue
         if made(row, composer) == row["id"]:
             current.add(row["id"])

@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 
 from bdx import grid, metrics, results
-from bdx.agreement import tau, verdict
 from bdx.composer import Composer
 from bdx.grid import Cell, Table
 
@@ -20,11 +19,16 @@ SCORES = ("acc", "asr", "der")
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell: ours is one row per seed (an undefended one made from what others measured before), paper's in percent."""
+    """One cell: ours is one row per seed (an undefended one made from what others measured before), paper's in percent.
+    comparable: whether both are of one data set. Of an average: over which attacks, and its n in words, where attacks differ
+    in theirs from the least to the most."""
 
     cell: Cell
     ours: list[dict] = field(default_factory=list)
     paper: dict[str, float] = field(default_factory=dict)
+    comparable: bool = True
+    over: frozenset[str] = frozenset()
+    n: str = ""
 
     def values(self, metric: str) -> list[float]:
         return [row[metric] for row in self.ours if row.get(metric) is not None]
@@ -90,9 +94,10 @@ def collect(table: Table, scale: grid.Scale, words: list[str], composer: Compose
         images.setdefault(row["dataset"], set()).add(row["data_sha256"])
     found, numbers = [], printed(table)
     for cell in [*cells, *([] if "none" in whole.axes.get("defense", ()) else unlisted(table, cells))]:
-        paper = {metric: n for place, metric, n in numbers if same(place, fixed(table) | cell.at)}
+        theirs = [of for of in numbers if same(of[0], fixed(table) | cell.at)]
         ours = [] if cell.lacks or not cell.words else measured(cell, seeds, images, rows, composer)
-        found.append(Entry(cell, ours, paper))
+        one = {row["dataset"] for row in ours} <= {place["dataset"] for place, *_ in theirs}
+        found.append(Entry(cell, ours, {metric: n for _, metric, n in theirs}, one or not theirs))
     return [undefended(e, found) for e in found]
 
 
@@ -117,19 +122,21 @@ def measured(cell: Cell, seeds: list, images: dict, rows: dict, composer: Compos
 
 
 def undefended(entry: Entry, entries: list[Entry]) -> Entry:
-    """Every row says what its net was before: of a seed without a row an undefended cell is known from the others."""
+    """Every row says what its net was before any repair: for each seed the newest of them counts, as in the README's tables."""
     if entry.cell.at.get("defense") != "none":
         return entry
     others = {k: v for k, v in entry.cell.at.items() if k != "defense"}
     near = [e for e in entries if all(norm(e.cell.at[k]) == norm(v) for k, v in others.items())]
-    before = {row["seed"]: row | {"acc": row["acc_before"], "asr": row["asr_before"]} for e in near for row in e.ours}
-    by_seed = before | {row["seed"]: row for row in entry.ours}
-    return replace(entry, ours=[row | {"der": None} for row in by_seed.values()])  # 50 says nothing, and no paper prints it
+    newest = sorted((row for e in near for row in e.ours), key=lambda row: row["finished"])
+    by_seed = {row["seed"]: row | {"acc": row["acc_before"], "asr": row["asr_before"]} for row in newest}
+    ours = [row | {"der": None} for row in by_seed.values()]  # 50 says nothing, and no paper prints it
+    return replace(entry, ours=ours, comparable=all(e.comparable for e in near))
 
 
 def averages(table: Table, entries: list[Entry]) -> list[Entry]:
     """Over the attacks, one entry for each other point of the grid: of ours over what is measured, of the paper's over the
-    same attacks, both by the paper's own rule. At `attack` it says over how many."""
+    same attacks, both by the paper's own rule. At `attack` it says over how many. One value for each seed that all of these
+    attacks have; of the seeds' means where they share no two."""
     groups: dict[tuple, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(tuple((k, v) for k, v in entry.cell.at.items() if k != "attack"), []).append(entry)
@@ -137,10 +144,19 @@ def averages(table: Table, entries: list[Entry]) -> list[Entry]:
     for key, of in groups.items():
         have = [e for e in of if e.ours]
         place = Cell({"attack": f"average of {len(have)} of {len(of)}"} | dict(key), ())
-        ours = [means([mine(e) for e in have], table.average)] if have else []
+        by_seed = [{row["seed"]: row for row in e.ours} for e in have]
+        shared = sorted(set.intersection(*map(set, by_seed))) if have else []
+        counts = sorted({len(e.ours) for e in have})
+        if len(shared) > 1:
+            ours, n = [means([rows[s] for rows in by_seed], table.average) for s in shared], str(len(shared))
+        else:
+            ours = [means([mine(e) for e in have], table.average)] if have else []
+            n = "–".join(map(str, dict.fromkeys((counts or [0])[:: max(1, len(counts) - 1)])))
         if dict(key).get("defense") == "none":
             ours = [{k: v for k, v in row.items() if k != "der"} for row in ours]
-        found.append(Entry(place, ours, theirs(have or of, entries, table.average)))
+        over = frozenset(e.cell.at.get("attack") for e in have)
+        one = all(e.comparable for e in have)
+        found.append(Entry(place, ours, theirs(have or of, entries, table.average), one, over, n))
     return found if "attack" in table.axes and len(table.axes["attack"]) > 1 else []
 
 
@@ -167,41 +183,16 @@ def means(rows: list[dict], rule: str) -> dict[str, float]:
     return found
 
 
+def less_is_better(metric: str) -> bool:
+    return metric == "asr" or metric.startswith("seconds")
+
+
 def marks(entries: list[Entry], metric: str) -> dict[int, str]:
     """id() of an entry -> best or second among the defenses of one attack; the undefended net is none."""
     rivals = [e for e in entries if e.values(metric) and e.cell.at.get("defense") != "none"]
-    by = sorted({round(mean(e.values(metric)), 6) for e in rivals}, reverse=metric != "asr")
+    by = sorted({round(mean(e.values(metric)), 6) for e in rivals}, reverse=not less_is_better(metric))
     place = dict(zip(by, ("best", "second"), strict=False)) if len(by) > 1 else {}
     return {id(e): mark for e in rivals if (mark := place.get(round(mean(e.values(metric)), 6)))}
-
-
-def agreement(entries: list[Entry]) -> dict[str, float]:
-    """Attack -> tau between our ranking of the defenses and the paper's, by DER, or by ASR where it prints no DER."""
-    found = {}
-    for attack in dict.fromkeys(e.cell.at.get("attack") for e in entries):
-        here = [e for e in entries if e.cell.at.get("attack") == attack and e.cell.at.get("defense") != "none"]
-        metric = "der" if any("der" in e.paper for e in here) else "asr"
-        pairs = [(mean(e.values(metric)), e.paper[metric]) for e in here if e.values(metric) and metric in e.paper]
-        if len(pairs) > 2 and (value := tau(pairs)) is not None:
-            found[attack] = value
-    return found
-
-
-def pairs(table: Table, entries: list[Entry]) -> tuple[list[float], int]:
-    """(by how much the claim holds in each pair, how many pairs there are cells for): a pair is one point of the grid and
-    one seed. A positive number speaks for the claim."""
-    claim, metric = table.claim, table.claim["metric"]
-    other, sign = (claim["above"], 1) if "above" in claim else (claim["below"], -1)
-    mine = [e for e in entries if chosen(e, claim["of"])]
-    if not isinstance(other, dict):
-        return [sign * (v - other) for e in mine for v in e.values(metric)], len(mine)
-    rivals = {rest(e, claim["of"]): {r["seed"]: r for r in e.ours} for e in entries if chosen(e, other)}
-    found = []
-    for entry in mine:
-        against = rivals.get(rest(entry, claim["of"]), {})
-        both = [(r.get(metric), against[r["seed"]].get(metric)) for r in entry.ours if r["seed"] in against]
-        found += [sign * (a - b) for a, b in both if None not in (a, b)]
-    return found, len(mine)
 
 
 def retrained(rows: Iterable[dict]) -> str | None:
@@ -217,26 +208,3 @@ def retrained(rows: Iterable[dict]) -> str | None:
     pair = lambda scores: " / ".join("–" if s is None else f"{100 * s:.2f}" for s in scores)
     found = "; ".join(f"{attack} {', '.join(map(pair, scores))}" for attack, scores in sorted(twice.items()))
     return f"trained more than once by one recipe (ACC / ASR before; each DER is against its own net): {found}"
-
-
-def chosen(entry: Entry, where: dict) -> bool:
-    return all(norm(entry.cell.at.get(k)) == norm(v) for k, v in where.items())
-
-
-def rest(entry: Entry, axes: dict) -> tuple:
-    return tuple((k, v) for k, v in entry.cell.at.items() if k not in axes and k != "seed")
-
-
-def judged(table: Table, entries: list[Entry]) -> str:
-    if table.of_picture:
-        return f"{table.claim['says']}: seen in what `bdx figure {table.name}` draws"
-    found, wanted = pairs(table, entries)
-    return worded(table.claim, found, f"{len(found)} pairs, {wanted} cells wanted")
-
-
-def worded(claim: dict, found: list[float], counted: str) -> str:
-    """found: by how much the claim holds in each pair; counted: how many there are."""
-    word, p = verdict(found)
-    about = f"mean {100 * mean(found):+.2f} points" if found and claim["metric"] in SCORES else ""
-    p = f"p = {p:.3f}" if p is not None else ""
-    return f"{claim['says']}: {word} ({', '.join(t for t in (counted, about, p) if t)})"

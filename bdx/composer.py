@@ -24,7 +24,11 @@ WHOLE = re.compile(r"\$\{([\w.]+)\}")
 
 @cache
 def override(word: str) -> Override:
-    return parse([word])[0]
+    """Raises UserError, naming the word."""
+    try:
+        return parse([word])[0]
+    except UserError as e:
+        raise UserError(f"{word}: {e}") from None
 
 
 class Composer:

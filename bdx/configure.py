@@ -202,11 +202,12 @@ def one_of(overrides: list[str]) -> list[str]:
 
 
 def named(cfg: DictConfig, choices: dict, overrides: list[str]) -> DictConfig:
-    """cfg with `names` (what was chosen in each group) and `asked` (the values given by hand), for the result row."""
+    """cfg with `names` (what was chosen in each group) and `asked` (the preset, and the values given by hand), for the row."""
     values = {o.key_or_group: o.value() for o in parse(overrides) if not o.is_sweep_override()}
     with open_dict(cfg):
         cfg.names = {g: choices[g] for g in (*NAMED, "detector") if choices.get(g)}
-        cfg.asked = {k: v for k, v in values.items() if k not in groups() and not k.startswith(PLUMBING)}
+        kept = lambda k: k == "experiment" or (k not in groups() and not k.startswith(PLUMBING))
+        cfg.asked = {k: v for k, v in values.items() if kept(k)}
         if "parts" in cfg.attack:
             cfg.attack.parts = [unfold(part, cfg.attack) for part in cfg.attack.parts]
     return cfg

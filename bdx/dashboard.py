@@ -13,15 +13,17 @@ from bdx import results
 from bdx.configure import compose
 from bdx.errors import UserError
 from bdx.report import measured, run_id
-from bdx.tables import Measured, notes, read
+from bdx.tables import Measured, helped, notes, read
 
-USAGE = "bdx dashboard NAME [scale=…] [logger.project=…] [logger.entity=…]"
+USAGE = "bdx dashboard NAME [scale=…] [key=value …] [logger.project=…] [logger.entity=…]"
 PERCENT, WIDE = (8, 6), (24, 14)  # panels: columns of the 24 that a report has, and rows
 
 
 def dashboard(argv: list[str]) -> int:
     """`bdx dashboard NAME [scale=…] [key=value …]`: save the report beside the table's runs and print where it is. Started
     again, it is the same report, brought up to date."""
+    if helped(argv, USAGE, "a table's runs as a W&B report, which is brought up to date where it is there already"):
+        return 0
     if find_spec("wandb_workspaces") is None:
         raise UserError("bdx dashboard needs wandb-workspaces, which is not installed: pip install 'bdx[report]'")
     logger, words = [w for w in argv if w.startswith("logger")], [w for w in argv if not w.startswith("logger")]

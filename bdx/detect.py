@@ -13,14 +13,16 @@ from bdx.errors import UserError, nearest
 from bdx.files import of_a_file
 from bdx.screen import Screen, percent
 
-HELP = """bdx detect: which images carry a trigger? Scores images by a detector and measures it
+HELP = """bdx detect: which images carry a trigger? Scores images, or the net itself, by a detector and measures it
 
   bdx detect detector=NAME attack=NAME [dataset=NAME arch=NAME train=NAME] [key=value …]
   bdx detect -m detector=ac,spectral attack=badnets,sig                    a grid, one table
   bdx detect detector=strip detector.limit=1000                            fewer images, where a method is slow
 
 The backdoor is trained, or loaded where `bdx` has trained it. Judged are the poisoned training set (detector.judge=train)
-or clean and triggered test inputs (detector.judge=test). The row lies in paths.detections; one that is done is shown.
+or clean and triggered test inputs (detector.judge=test). detector=nc judges the net: which of its classes have a
+trigger, by an anomaly index for each; also a net from elsewhere, attack=given attack.file=PATH. The row lies in
+paths.detections; one that is done is shown.
 AUC needs no threshold; TPR and FPR are at the method's own. `bdx info detectors` says what each one needs.
 """
 
@@ -99,10 +101,17 @@ def show(rows: list[dict]) -> None:
         counts = (str(row[k]) for k in ("n_flagged", "n_poisoned", "n"))
         table.add_row(*names, *shares, *counts, f"{row['seconds']:.1f}")
     screen.console.print(table)
-    if len(rows) == 1:
-        screen.say(line(rows[0]))
+    for row in rows:
+        if len(rows) == 1 or row["judged"] == "net":
+            screen.say(line(row))
 
 
 def line(row: dict) -> str:
+    if row["judged"] == "net":
+        flagged, above = row["flagged_classes"].split(), row["anomaly_threshold"]
+        which = f"class{'es' * (len(flagged) > 1)} {', '.join(flagged)} flagged" if flagged else "no class flagged"
+        each = enumerate(row["anomaly_indices"].split())
+        indices = ", ".join(f"{k}: {float(n):.2f}{' (above)' * (str(k) in flagged)}" for k, n in each)
+        return f"{row['detector']} on {row['attack']}: {which}; anomaly index of each class, threshold {above:g}: {indices}"
     rates = ", ".join(f"{k.upper()} {percent(row[k])}" for k in ("auc", "tpr", "fpr"))
     return f"{row['detector']} on {row['attack']}: {rates} ({row['n_poisoned']} poisoned of {row['n']} images)"

@@ -50,7 +50,8 @@ def detect(cfg: DictConfig, screen: Screen | None = None) -> dict:
         stored = store.Store(Path(cfg.paths.store).expanduser())
         data, backdoor = backdoored(cfg, attack, data, stored, trainer, screen)
         judged = judged_by(detector, attack, data)
-        screen.say(f"{cfg.names.detector} looks at {len(judged)} images ({detector.judge})")
+        what = "the net, by reserved images" if detector.judge == "net" else f"{len(judged)} images ({detector.judge})"
+        screen.say(f"{cfg.names.detector} looks at {what}")
         torch.manual_seed(cfg.seed)  # whether the backdoor was trained or loaded must not show in what follows
         started = time.monotonic()
         scores = detector.score(attack.net, blind := judged.blind(), data.allow(detector.needs), trainer)
@@ -58,7 +59,8 @@ def detect(cfg: DictConfig, screen: Screen | None = None) -> dict:
         seconds = time.monotonic() - started
         if not torch.isfinite(scores).all():
             raise UserError(f"{cfg.names.detector}: {int((~scores.isfinite()).sum())} of {len(scores)} scores are not finite")
-        return results.write(folder, row_of(cfg, id, backdoor, data, rates(scores, flagged, judged.poisoned), seconds, device))
+        found = verdict(scores, flagged, detector) if detector.judge == "net" else rates(scores, flagged, judged.poisoned)
+        return results.write(folder, row_of(cfg, id, backdoor, data, found, seconds, device))
     finally:
         screen.close()
 
@@ -74,7 +76,10 @@ def check(detector: Detector, attack: Attack) -> None:
 
 
 def judged_by(detector: Detector, attack: Attack, data: datasets.ImageData) -> Split:
-    """The poisoned training set; or all clean test images and all triggered ones, labelled by the backdoored net."""
+    """The poisoned training set; or all clean test images and all triggered ones, labelled by the backdoored net; of a
+    detector that judges the net, no image."""
+    if detector.judge == "net":
+        return data.test[:0]
     if detector.judge == "train":
         return detector.some(data.train, data.seed)
     clean, parts = data.test, [data.test]
@@ -97,6 +102,18 @@ def rates(scores: Tensor, flagged: Tensor, poisoned: Tensor) -> dict[str, float 
         "fpr": metrics.share(flagged[~poisoned]) if not all_ else None,
         "precision": metrics.share(poisoned[flagged]) if flagged.any() else None,
         "n": len(scores), "n_poisoned": int(poisoned.sum()), "n_flagged": int(flagged.sum()),
+    }  # fmt: skip
+
+
+def verdict(scores: Tensor, flagged: Tensor, detector: Detector) -> dict[str, float | int | str | None]:
+    """Of a detector that judges the net: the anomaly index of each class and which of them are flagged, in the order of the
+    classes and in words, as rows are flat. Classes are counted, and there is no image to have a rate of."""
+    return {
+        "auc": None, "tpr": None, "fpr": None, "precision": None,
+        "n": len(scores), "n_poisoned": 0, "n_flagged": int(flagged.sum()),
+        "anomaly_index": float(scores.max()), "anomaly_threshold": float(detector.threshold),
+        "anomaly_indices": " ".join(f"{score:.4f}" for score in scores.tolist()),
+        "flagged_classes": " ".join(map(str, flagged.nonzero()[:, 0].tolist())),
     }  # fmt: skip
 
 

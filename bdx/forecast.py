@@ -14,19 +14,25 @@ from bdx.grid import Cell
 
 
 def shape(asked: dict) -> tuple:
-    """What makes trainings comparable, besides their names."""
-    return tuple(sorted((k, norm(v)) for k, v in asked.items() if k.startswith(("arch.", "train."))))
+    """What makes trainings comparable, besides their names: the preset, and the keys of net and training."""
+    kept = {k: v for k, v in asked.items() if k == "experiment" or k.startswith(("arch.", "train."))}
+    return tuple(sorted((k, norm(v)) for k, v in kept.items()))
 
 
 def estimate(todo: list[Cell], folder: Path, stored: Callable[[str | None], bool], composer: Composer) -> float | None:
-    """Seconds of one slot, from rows of the same data set, net and training; None where no row tells."""
+    """Seconds of one slot, from rows of the same data set, net and training, this folder's own if it has any, which this
+    machine may have measured; None where no row tells."""
     attacks, defenses = defaultdict(list), defaultdict(list)
-    for row in results.rows(folder, grid.EXPERIMENTS / "results"):
-        where = (row["dataset"], row["arch"], row["train"], shape(row))
-        for of in (where, (*where, row["attack"])):
-            attacks[of].append(row["seconds_attack"])
-        for of in (where, (*where, row["defense"])):
-            defenses[of].append(row["seconds_defense"])
+    for home in (folder, grid.EXPERIMENTS / "results"):
+        known = set(attacks)
+        for row in results.rows(home):
+            where = (row["dataset"], row["arch"], row["train"], shape(row))
+            if where in known:
+                continue
+            for of in (where, (*where, row["attack"])):
+                attacks[of].append(row["seconds_attack"])
+            for of in (where, (*where, row["defense"])):
+                defenses[of].append(row["seconds_defense"])
     total, trained = 0.0, set()
     for cell in todo:
         names = composer.plain(cell.words)["names"]

@@ -6,7 +6,6 @@ holds the printed numbers. A scale says what stands in place of the paper's data
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 from collections.abc import Iterable
@@ -14,28 +13,27 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-import yaml
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig
 
-from bdx import imagefile, recipe
+from bdx import checked, imagefile, recipe
 from bdx.build import instantiate
+from bdx.checked import naming, read
 from bdx.composer import Composer, override, resolve
-from bdx.configure import HERE, options, parse, summary
+from bdx.configure import HERE, compose, options, summary
 from bdx.declared import without_poison
 from bdx.errors import UserError, nearest
 
 EXPERIMENTS = next(p for p in (HERE / "experiments", HERE.parent / "experiments") if p.is_dir())
 BESIDE = ("scale", "engine")  # folders in there that hold no tables
-KEYS = {"defaults", "claim", "average", "words", "hydra", "printed", "only_printed", "figure"}
-CLAIM = {"says", "metric", "of", "above", "below"}
-AVERAGES = ("of_averages", "of_rows")
 CANDIDATE = ("attack", "defense", "dataset", "arch", "train")  # groups whose choices may not be there yet
 
 
 @dataclass(frozen=True)
 class Table:
-    """axes: key or group -> its values as words; printed: column of the CSV -> axis, or value -> {axis: value}.
-    figure: what is drawn of the runs, a function of bdx.figures -> its options; empty: it is a table."""
+    """axes: key or group -> its values as words; printed: column of the CSV -> axis, or value -> {axis: value}. also: word of
+    a cell -> words that come with it. figure: what is drawn of the runs, a function of bdx.figures -> its options; empty: it
+    is a table."""
 
     name: str
     title: str
@@ -47,6 +45,7 @@ class Table:
     only_printed: bool
     rows: list[dict] = field(repr=False)
     figure: dict[str, dict] = field(default_factory=dict)
+    also: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def of_picture(self) -> bool:
@@ -91,19 +90,6 @@ def figures(root: Path = EXPERIMENTS) -> list[str]:
     return [name for name in experiments(root) if name.partition("/")[2].startswith("fig")]
 
 
-def read(path: Path) -> dict:
-    """A YAML file with what it starts from."""
-    try:
-        node = yaml.safe_load(path.read_text())
-        if not isinstance(node, dict):
-            raise ValueError("it is no mapping")
-        first = [d for d in node.pop("defaults", []) if d != "_self_"]
-        base = read(path.parent / f"{first[0]}.yaml") if first else {}
-        return OmegaConf.to_container(OmegaConf.merge(base, node))
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as e:
-        raise UserError(f"{path} is malformed: {' '.join(str(e).split())}") from None
-
-
 def load(name: str, root: Path = EXPERIMENTS) -> Table:
     """Raises UserError for an unknown name or a malformed file."""
     if name not in (have := experiments(root)):
@@ -111,42 +97,37 @@ def load(name: str, root: Path = EXPERIMENTS) -> Table:
         raise UserError(f"{name}: no such table{near}")
     path = root / f"{name}.yaml"
     node, printed = read(path), path.with_suffix(".csv")
-    try:
-        check(node)
+    rows = checked.numbers(printed) if printed.exists() else []
+    with naming(path):
+        checked.sheet(node)
         axes = {k: values(k, v) for k, v in node["hydra"]["sweeper"]["params"].items()}
-        rows = list(csv.DictReader(printed.read_text().splitlines())) if printed.exists() else []
+        checked.claim(node, axes)
+        checked.printed(node, axes, rows)
         return Table(
-            name, summary(path).partition(": ")[2], node["claim"], node.get("average", AVERAGES[0]),
+            name, summary(path).partition(": ")[2], node["claim"], node.get("average", checked.AVERAGES[0]),
             tuple(node.get("words", ())), axes, node.get("printed", {}), node.get("only_printed", False), rows,
-            {k: dict(v or {}) for k, v in node.get("figure", {}).items()},
+            {k: dict(v or {}) for k, v in node.get("figure", {}).items()}, node.get("also", {}),
         )  # fmt: skip
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        text = f"{e.args[0]} is missing" if isinstance(e, KeyError) else str(e)
-        raise UserError(f"{path} is malformed: {text}") from None
-
-
-def check(node: dict) -> None:
-    """Raises ValueError, naming the key."""
-    for known, found in ((KEYS, node), (CLAIM, node["claim"])):
-        if unknown := [k for k in found if k not in known]:
-            raise ValueError(f"{unknown[0]}: no such key{nearest(unknown[0], known)}")
-    if not ({"above", "below"} & set(node["claim"]) and {"says", "metric", "of"} <= set(node["claim"])):
-        raise ValueError("claim needs says, metric, of, and above or below")
-    if node.get("average", AVERAGES[0]) not in AVERAGES:
-        raise ValueError(f"average={node['average']}: expected {' or '.join(AVERAGES)}")
 
 
 def values(key: str, text) -> tuple[str, ...]:
     """a,b -> its values, each as it is written."""
-    found = parse([f"{key}={text}"])[0]
-    return tuple(found.sweep_string_iterator()) if found.is_sweep_override() else (found.get_value_element_as_str(),)
+    found = override(f"{key}={text}")
+    if not found.is_sweep_override():
+        return (found.get_value_element_as_str(),)
+    try:
+        return tuple(found.sweep_string_iterator())
+    except HydraException:  # glob and interval
+        raise UserError(f"{key}={text}: expected values that can be counted, a,b,c or range(from,to)") from None
 
 
 def scale(name: str, root: Path = EXPERIMENTS) -> Scale:
     have = sorted(p.stem for p in (root / "scale").glob("*.yaml"))
     if name not in have:
         raise UserError(f"scale={name}: expected {', '.join(have)}{nearest(name, have)}")
-    node = read(root / "scale" / f"{name}.yaml")
+    node = read(path := root / "scale" / f"{name}.yaml")
+    with naming(path):
+        checked.scale(node)
     return Scale(name, tuple(node["words"]), tuple(node["replaces"]), *(node[k] for k in ("divide", "at_most", "also")))
 
 
@@ -170,6 +151,7 @@ def asked(table: Table, words: Iterable[str]) -> tuple[Table, list[str]]:
 def cells(table: Table, scale: Scale, words: Iterable[str], composer: Composer) -> list[Cell]:
     """Every point of the grid, without ids. words: the user's."""
     table, left = asked(table, words)
+    scale = replace(scale, also={k: [*table.also.get(k, ()), *scale.also.get(k, ())] for k in {*table.also, *scale.also}})
     axes = {k: (f"({scale.name})",) if k in scale.replaces else v for k, v in table.axes.items()}
     wanted = [w for w in table.words if key(w) not in scale.replaces]
     found = []
@@ -180,6 +162,25 @@ def cells(table: Table, scale: Scale, words: Iterable[str], composer: Composer) 
         last = {key(w): w for w in (*scale.words, *wanted, *own, *left)}  # of two values for a key the later counts
         found.append(whole(Cell(at, tuple(last.values())), scale, composer))
     return found
+
+
+def configured(table: Table, found: list[Cell], words: Iterable[str]) -> DictConfig | None:
+    """The configuration of the first cell that can run, in which all words are checked; None: there is no such cell. Raises
+    UserError where that is the user's mistake."""
+    if first := next((c for c in found if not c.lacks), None):
+        return compose(list(first.words))
+    for cell in (c for c in found if "no such key" in c.lacks):
+        compose(list(cell.words))  # says it better
+    keys = [override(w).key_or_group for w in words]
+    own = {f"{k}={v}" for k, w in zip(keys, words, strict=True) for v in values(k, w.partition("=")[2])}
+    if all(own & set(c.lacks.split(", ")) for c in found):
+        raise none_runs(table, found)
+    return None
+
+
+def none_runs(table: Table, found: list[Cell]) -> UserError:
+    want = "; ".join(sorted({c.lacks for c in found})[:8]) or "printed numbers of such a cell"
+    return UserError(f"{table.name}: no cell can run, for want of {want}")
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 from bdx.configure import CONF, compose, options, summary
 from bdx.declared import source
 from bdx.errors import UserError, nearest
+from bdx.grid import EXPERIMENTS
 
 KINDS = {
     "attacks": "attack",
@@ -47,7 +49,7 @@ def needs(kind: str, declared: dict) -> str:
         asked = [words[n] for n in sorted(declared.get("needs", {"clean"}))]
         return "needs " + (", ".join(asked + ["BatchNorm"] * bool(declared.get("needs_batchnorm"))) or "nothing")
     if kind == "detector":
-        words = {"train": "the poisoned training set", "test": "test inputs"}
+        words = {"train": "the poisoned training set", "test": "test inputs", "net": "the net"}
         judges = " or ".join(words[j] for j in declared.get("judges", ("train",)))
         return f"judges {judges}" + (", needs clean images" if declared.get("needs") else "")
     return ""
@@ -60,16 +62,26 @@ def effort(path: Path, declared: dict) -> str:
     return "; ".join(f"{word}{said}" for word, said in known.items() if said is not None)
 
 
+def looks() -> dict[str, str]:
+    """Attack -> size and visibility of its trigger, as the tables of `bdx info triggers` have it that travel with bdx."""
+    found = {}
+    for path in sorted((EXPERIMENTS / "results").glob("triggers_*.csv")):
+        with open(path, newline="") as file:
+            found |= {of["attack"]: f"{of['looks']} on {path.stem.partition('_')[2]}" for of in csv.DictReader(file)}
+    return found
+
+
 def rows(kind: str) -> list[tuple[str, str, str, str, str]]:
-    """(name, what it is, what it needs, what it trains and costs, paper) for each choice of the group `kind`."""
-    found = []
+    """(name, what it is, what it needs, what it trains and costs, paper) for each choice of the group `kind`; an attack has
+    what its trigger looks like in place of costs."""
+    found, seen = [], looks() if kind == "attack" else {}
     for name in options(kind):
         path = CONF / kind / f"{name}.yaml"
         method = kind in ("attack", "defense", "detector")
         paper, declared = source(value(path, "_target_")) if method else ("", {})
         own = re.search(r"^# Source: (.+)$", path.read_text(), re.M)  # of a method that is a setting of another one
         paper = own.group(1) if own else paper
-        said = needs(kind, declared), effort(path, declared) if kind == "defense" else ""
+        said = needs(kind, declared), effort(path, declared) if kind == "defense" else seen.get(name, "")
         found.append((name, summary(path).removeprefix(f"{name}: "), *said, paper))
     return found
 
@@ -103,4 +115,6 @@ def info(argv: list[str]) -> int:
         print(f"{title}")
         for name, *rest in found:
             print(f"  {name:<{wide}}  {' · '.join(r for r in rest if r)}")
+        if title == "attacks":
+            print("L2, L∞, PSNR and SSIM, by which a trigger is called local or global, visible or not: `bdx info triggers`")
     return 0

@@ -8,6 +8,8 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
+BESIDE = ("paper", "Δ")  # columns that say more of the one before them
+
 
 @dataclass(frozen=True)
 class Text:
@@ -27,10 +29,13 @@ def markdown(title: str, head: list[str], rows: list[list[Text]], notes: list[st
 
 
 def comma(title: str, head: list[str], rows: list[list[Text]], notes: list[str]) -> str:
-    """Title and notes are left to the other formats, so that any program reads it."""
-    out = io.StringIO()
+    """Title, marks and notes are left to the other formats, so that any program reads it; no two columns have one name."""
+    out, last, named = io.StringIO(), "", []
+    for name in head:
+        named.append(f"{last} {name}" if name in BESIDE else name)
+        last = last if name in BESIDE else name
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
+    writer.writerow(named)
     writer.writerows([t.text for t in row] for row in rows)
     return out.getvalue()
 

@@ -42,17 +42,23 @@ def table_of(argv: list[str]) -> str | None:
 
 def cells_of(name: str, argv: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
     """(the words of each cell, what is left of argv for Hydra); what cannot run is named on stderr."""
-    words = [a for a in argv if "=" in a and not a.startswith(("-", "hydra", f"+{name.partition('/')[0]}="))]
-    size = next((w.partition("=")[2] for w in words if grid.key(w) == "scale"), "paper")
-    table = grid.load(name)
-    cells = grid.cells(table, grid.scale(size), [w for w in words if grid.key(w) != "scale"], Composer())
+    given = [a for a in argv if a not in ("-m", "--multirun", f"+{name.replace('/', '=', 1)}")]
+    hydras = [a for a in given if a.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    words = [a for a in given if a not in hydras and grid.key(a) != "scale"]
+    if unknown := [a for a in words if "=" not in a or a.startswith("-")]:
+        raise UserError(
+            f"{unknown[0]}: expected key=value beside a table; `bdx sweep {name} --dry-run` shows it and runs nothing"
+        )
+    table, size = grid.load(name), next((w.partition("=")[2] for w in given if grid.key(w) == "scale"), "paper")
+    cells = grid.cells(table, grid.scale(size), words, Composer())
+    grid.configured(table, cells, words)  # says what is wrong in them
     cells = printed_cells(table, cells) if table.only_printed and table.rows else cells
+    if not (runnable := list(dict.fromkeys(c.words for c in cells if not c.lacks))):
+        raise grid.none_runs(table, cells)
     if lacks := sorted({c.lacks for c in cells if c.lacks}):
         print(f"bdx: missing: {sum(bool(c.lacks) for c in cells)} cells, for want of {'; '.join(lacks)}", file=sys.stderr)
-    if not (runnable := list(dict.fromkeys(c.words for c in cells if not c.lacks))):
-        raise UserError(f"{name}: no cell can run")
     home = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
     home.bdx = sys.modules["hydra_plugins.bdx"] = sys.modules[__name__]
     Plugins.instance().register(Cells)
     Cells.cells = runnable
-    return runnable, ["-m", *(a for a in argv if a.startswith("hydra")), "hydra.sweeper._target_=hydra_plugins.bdx.Cells"]
+    return runnable, ["-m", *hydras, "hydra.sweeper._target_=hydra_plugins.bdx.Cells"]

@@ -9,8 +9,6 @@ from pathlib import Path
 from bdx import grid, results
 from bdx.comparison import printed_cells
 from bdx.composer import Composer
-from bdx.configure import compose
-from bdx.errors import UserError
 from bdx.forecast import estimate, spoken
 from bdx.grid import Cell
 
@@ -38,14 +36,12 @@ class Plan:
 def plan(table: grid.Table, scale: grid.Scale, words: list[str], composer: Composer, *, fetch: bool) -> Plan:
     """fetch: make or download the images where they are not there; else such cells stay without ids."""
     found = grid.cells(table, scale, words, composer)
+    cfg = grid.configured(table, found, words)
     if table.only_printed and table.rows:
         found = printed_cells(table, found)
-    first = next((c for c in found if not c.lacks), None)
-    if first is None:
-        for cell in (c for c in found if "no such key" in c.lacks):
-            compose(list(cell.words))  # says it better
-        raise UserError(f"{table.name}: no cell can run, for want of {'; '.join(sorted({c.lacks for c in found})[:8])}")
-    paths = {k: Path(v).expanduser() for k, v in compose(list(first.words)).paths.items()}  # all words are checked here
+    if all(c.lacks for c in found):
+        raise grid.none_runs(table, found)
+    paths = {k: Path(v).expanduser() for k, v in cfg.paths.items()}
     return Plan([identified(c, composer, paths["data"], fetch) for c in found], paths)
 
 

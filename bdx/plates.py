@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdx import charts, grid, page
-from bdx.comparison import Entry, norm, worded
+from bdx.claims import worded
+from bdx.comparison import Entry, norm
 from bdx.errors import UserError, nearest
-from bdx.tables import Measured, read
+from bdx.tables import Measured, helped, read
 
 USAGE = "bdx figure PAPER/FIG [scale=…] [key=value …]"
+OF_ONE = "bdx figure NAME [RUN_ID] [key=value …]    `bdx figure` lists these NAMEs; a key is the picture's own or a run's"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Plate:
 
 def figure(argv: list[str]) -> int:
     """`bdx figure PAPER/FIG [scale=…] [key=value …]`; a name without a paper is one of bdx.figures, of a single run."""
+    if helped(argv, f"{USAGE}\n{OF_ONE}", "a paper's figure, of its runs, or one kind of picture, of a single run"):
+        return 0
     if not argv or "/" not in argv[0]:
         from bdx import figures
 
@@ -137,14 +141,15 @@ def of(drawing, plate: Plate, paths: dict[str, Path], options: dict) -> None:
 
 def judged(found: Measured, made: list[Plate]) -> str:
     """From the figures' own data, one number for each picture; or from the rows, as a table's claim."""
-    from bdx.comparison import judged as by_rows
+    from bdx.claims import judged as by_rows
     from bdx.figures import read as frame
 
     if not found.table.of_picture:
         return by_rows(found.table, found.entries)
     drawn = [frame(p.path) for p in made if not p.lacks]
     values = [v for f in drawn if (v := difference(found.table.claim, f)) is not None]
-    return worded(found.table.claim, values, f"{len(values)} pictures")
+    wanted = len(values) + len(made) - len(drawn)
+    return worded(found.table.claim, [{0: v} for v in values], wanted, f"{len(values)} of {wanted} pictures")
 
 
 def difference(claim: dict, frame) -> float | None:

@@ -24,6 +24,7 @@ MARKED = re.compile(r"(<!-- table:(\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 FILES = (Path("README.md"), Path("experiments/results/README.md"))
 OURS = "bdx/defenses"  # the table of which README.md shows what is measured
 PAPERS = {"npd2023/table01": "NPD", "d32024/table01": "D3", "tnr2022/table01": "T&R"}
+TO_ALL = "npd2023/table08"  # each class to the next
 REPAIRS = ["attack, ACC / ASR before", "defense", "changed keys", "ACC / ASR / RA", "DER", "n", "in print: before → after, DER"]
 LOOKS = ("L2", "L∞ of 255", "PSNR dB", "SSIM")  # columns of `bdx info triggers`
 ALIKE = {"T&R": {"badnets": "badnet_white"}, "NPD": {"blend": "blended"}, "D3": {"blend": "blended"}}  # ours: the paper's
@@ -38,7 +39,7 @@ def of_paper(name: str) -> grid.Table:
 def in_print() -> dict[tuple[str, str, str], dict[str, float]]:
     """(table, attack, defense) -> metric -> percent."""
     found: dict[tuple, dict[str, float]] = defaultdict(dict)
-    for name in PAPERS:
+    for name in (*PAPERS, TO_ALL):
         for place, metric, value in printed(of_paper(name)):
             found[name, place["attack"], place["defense"]][metric] = value
     return found
@@ -126,6 +127,8 @@ def trigger_looks() -> dict[str, dict[str, str]]:
 def undefended(attack: str) -> str:
     """What the papers print for it before any repair."""
     prints = [(PAPERS[name], in_print().get((name, attack, "none"), {})) for name in PAPERS]
+    if attack.endswith("_all2all"):
+        prints.append(("NPD Table 8", in_print().get((TO_ALL, attack.removesuffix("_all2all"), "none"), {})))
     return "; ".join(f"{paper} {p['acc']:.2f} / {p['asr']:.2f}" for paper, p in prints if {"acc", "asr"} <= set(p))
 
 
@@ -142,7 +145,11 @@ def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
         of = next((looks[r["backdoor"]] for r in s.rows if r.get("backdoor") in looks), {})
         numbers = s.scores("acc_before", "asr_before"), *(of.get(k, "–") for k in shown), images, seconds, str(len(s.rows))
         lines.append([f"`{s.attack}`", changed, *numbers, undefended(s.attack) or "–"])
-    return "\n".join(["The backdoors themselves, before any repair:", "", *rule(head, lines)])
+    about = (
+        "The backdoors themselves, before any repair. Seconds are of one thread of a busy machine, of CPUs of three makes, and "
+        "with what the attack makes beforehand where that was not there yet: compare them within a run of `make bench` alone."
+    )
+    return "\n".join([textwrap.fill(about, 120), "", *rule(head, lines)])
 
 
 def detections(_rows: list[dict], _current: set[str], composer: Composer) -> str:
@@ -158,12 +165,15 @@ def detections(_rows: list[dict], _current: set[str], composer: Composer) -> str
         lines[f"`{r['detector']}`", changed, f"{r['judged']}, {r['n']:,}"][r["attack"]].append(r)
 
     def cell(seeds: list[dict]) -> str:
+        if seeds and seeds[0]["judged"] == "net":
+            return "; ".join(f"index {r['anomaly_index']:.2f}, flags {r['n_flagged']}" for r in seeds)
         scores = (number([r[k] for r in seeds if r[k] is not None], k) for k in ("auc", "tpr", "fpr"))
         return "{} ({} / {})".format(*scores) if seeds else "–"
 
     about = (
         "Which images carry a trigger? AUC (TPR / FPR at the method's own threshold) in percent; judged is the poisoned "
-        "training set, or clean and triggered test images."
+        "training set, or clean and triggered test images; or the net, by its largest anomaly index and how many classes it "
+        "flags."
     )
     table = [[*of, *(cell(by[a]) for a in names)] for of, by in sorted(lines.items())]
     about = textwrap.fill(about, 120)

@@ -11,11 +11,13 @@ from statistics import mean
 
 from bdx import charts, page, plates, recipe, results
 from bdx.comparison import SCORES, Entry, averages
-from bdx.errors import one_of
+from bdx.errors import UserError, one_of
 from bdx.layout import Text
-from bdx.tables import Measured, laid_out, notes, read, strangers
+from bdx.tables import Measured, helped, laid_out, notes, read, strangers
 
-USAGE = "bdx report NAME [scale=…] [logger=wandb] [--figures]"
+USAGE = "bdx report NAME [scale=…] [key=value …] [logger=wandb] [--figures]"
+ABOUT = """a paper's table with plots, triggers, curves and commands as one HTML page, which lies under paths.out; logger=wandb
+sends it, too, logger.project=… says where to; --figures draws the paper's figures first"""
 FIRST = 12  # plots of curves that are not folded away
 OWN = ("trigger",)  # pictures of a run that have a place of their own on the page
 
@@ -23,10 +25,15 @@ OWN = ("trigger",)  # pictures of a run that have a place of their own on the pa
 def report(argv: list[str]) -> int:
     """`bdx report NAME [scale=…] [key=value …] [logger=wandb] [--figures]`; the page lies under paths.out. A figure is
     drawn for its page; --figures: and all of the paper's for the page of a table."""
+    if helped(argv, USAGE, ABOUT):
+        return 0
     every, argv = "--figures" in argv, [w for w in argv if w != "--figures"]
-    logger, words = [w for w in argv if w.startswith("logger")], [w for w in argv if not w.startswith("logger")]
+    logger = [w for w in argv if w.startswith(("logger=", "logger."))]
+    words = [w for w in argv if w not in logger]
     kind = next((w.partition("=")[2] for w in logger if w.startswith("logger=")), "none")
     one_of("logger", kind, ("none", "wandb"))
+    if kind == "none" and (alone := [w for w in logger if w.startswith("logger.")]):
+        raise UserError(f"{alone[0]}: nothing is sent anywhere; expected logger=wandb beside it, or neither")
     found = read(words, USAGE)
     path = found.paths["out"] / "reports" / f"{found.table.name.replace('/', '_')}_{found.scale.name}.html"
     drawn = plates.draw(found) if found.table.figure and measured(found) else []

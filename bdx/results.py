@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,34 @@ from bdx import files, imagefile, recipe
 from bdx.build import instantiate
 
 DONE = "this run is done; its row is shown (remove the row to run it again)"
+
+
+def word(value) -> bool:
+    return isinstance(value, str)
+
+
+def whole(value) -> bool:
+    return type(value) is int  # true is none
+
+
+def amount(value) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def share(value) -> bool:
+    """None: there is none to share, as of an ASR where nobody knows the trigger."""
+    return value is None or (amount(value) and value <= 1)
+
+
+# what every row has; other keys are the user's words, and what a method says of itself
+NAMES = ("attack", "dataset", "arch", "train", "device", "torch", "backdoor", "data_sha256", "finished")
+BOTH = dict.fromkeys(NAMES, word) | {"seed": whole, "n_reserved": whole, "seconds_attack": amount}
+SCORES = ("acc_before", "asr_before", "ra_before", "acc", "asr", "ra", "der")
+RUN = BOTH | {"defense": word, "n_poisoned": whole, "seconds_defense": amount} | dict.fromkeys(SCORES, share)
+COUNTS = {"n": whole, "n_flagged": whole, "n_poisoned": whole}
+DETECTION = BOTH | COUNTS | {"detector": word, "judged": word, "seconds": amount} | dict.fromkeys(("auc", "tpr", "fpr"), share)
+SINCE = dict.fromkeys(("tpr", "fpr", "acc_reserved_before", "acc_reserved", "scrambled_asr_before", "scrambled_asr"), share)
+METRICS = (*SCORES, *SINCE, "seconds_attack", "seconds_defense")  # of a run; SINCE: older rows lack these
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -25,12 +54,19 @@ def path(folder: Path | str, id: str) -> Path:
 
 
 def find(folder: Path | str, id: str) -> dict | None:
-    """The row of this run, or None; a file that is not whole does not count."""
+    """The row of this run or detection, or None; a file that is not whole, or holds something else, does not count."""
     try:
         row = json.loads(path(folder, id).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and row.get("id") == id else None
+    if not isinstance(row, dict) or row.get("id") != id:
+        return None
+    wanted = DETECTION if detects(row) else RUN | {k: fits for k, fits in SINCE.items() if k in row}
+    return row if all(k in row and fits(row[k]) for k, fits in wanted.items()) else None
+
+
+def detects(row: dict) -> bool:
+    return row.get("kind") == "detection"
 
 
 def finished(cfg: DictConfig) -> dict | None:
@@ -48,13 +84,17 @@ def known(cfg: DictConfig, folder: Path, of: Callable) -> dict | None:
 
 
 def rows(*folders: Path | str) -> list[dict]:
-    """All rows of several folders, each id once; foreign files are left alone."""
-    found = {p.stem: find(folder, p.stem) for folder in reversed(folders) for p in sorted(Path(folder).glob("*.json"))}
-    return [row for row in found.values() if row]
+    """All rows of several folders, each id once: of a folder named detections these, of any other its runs. Foreign files
+    are left alone."""
+    found = {}
+    for folder in map(Path, reversed(folders)):
+        here = (find(folder, p.stem) for p in sorted(folder.glob("*.json")))
+        found |= {row["id"]: row for row in here if row and detects(row) == (folder.name == "detections")}
+    return list(found.values())
 
 
 def foreign(folder: Path | str) -> list[Path]:
-    """JSON files that are no whole rows."""
+    """JSON files that are no rows, or not whole."""
     return [p for p in sorted(Path(folder).glob("*.json")) if find(folder, p.stem) is None]
 
 

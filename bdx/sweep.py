@@ -120,6 +120,8 @@ def sweep(argv: list[str]) -> int:
     name, options, words = words_of(argv, ("--dry-run",))
     say = (console := Console(highlight=False, soft_wrap=True)).print
     if name is None:
+        if without := [a for a in argv if not a.startswith("scale=")]:
+            raise UserError(f"{without[0]}: expected a table with it, such as npd2023/table01; `bdx sweep` alone lists them")
         return overview(options.get("scale", "cpu"), say)
     if "logger=wandb" in words and not any(w.startswith("logger.group=") for w in words):
         words = [*words, f"logger.group={name}"]  # W&B shows the cells of a table together

@@ -8,13 +8,21 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from bdx import grid, results
-from bdx.comparison import SCORES, Entry, agreement, averages, collect, judged, marks, retrained
+from bdx.claims import agreement, judged
+from bdx.comparison import SCORES, Entry, averages, collect, marks, retrained
 from bdx.composer import Composer, resolve
 from bdx.errors import UserError, one_of
 from bdx.grid import Table
-from bdx.layout import FORMATS, Text
+from bdx.layout import BESIDE, FORMATS, Text
 
 PACKAGED = grid.EXPERIMENTS / "results"  # the rows that travel with bdx
+USAGE = "bdx table NAME [scale=…] [key=value …] [--format md|csv|tex|html]"
+WORDS = """
+  NAME        PAPER/TABLE or PAPER/FIG; `bdx sweep` without a name lists them, with one it measures what is missing
+  scale=…     smoke, cpu or paper, which it is if nothing is said
+  key=value   as `bdx sweep` takes it: a list narrows or widens the grid, attack=badnets,blended; paths.out=… says where
+              everything lies
+"""
 
 
 def number(values: list[float], metric: str) -> str:
@@ -31,7 +39,7 @@ def fields(entry: Entry, metrics_: list[str], marked: dict[str, dict[int, str]])
     for metric in metrics_:
         values, theirs = entry.values(metric), entry.paper.get(metric)
         factor = 1 if metric.startswith("seconds") else 100
-        gap = f"{factor * mean(values) - theirs:+.2f}" if values and theirs is not None else "–"
+        gap = f"{factor * mean(values) - theirs:+.2f}" if values and theirs is not None and entry.comparable else "–"
         mark = marked.get(metric, {}).get(id(entry), "")
         found += [Text(number(values, metric), mark), Text("–" if theirs is None else f"{theirs:.2f}"), Text(gap)]
     return found
@@ -42,12 +50,12 @@ def laid_out(table: Table, entries: list[Entry]) -> tuple[list[str], list[list[T
     axes = [a for a in table.axes if a != "seed"]
     extra = [table.claim["metric"]] if table.claim["metric"] not in SCORES and not table.of_picture else []
     names = [*SCORES, *extra]
-    head = [*axes, *(h for m in names for h in (m.upper() if m in SCORES else m, "paper", "Δ")), "n"]
+    head = [*axes, *(h for m in names for h in (m.upper() if m in SCORES else m, *BESIDE)), "n"]
     rows = []
     for group in by_attack([*entries, *averages(table, entries)]):
         marked = {m: marks(group, m) for m in names}
         for e in group:
-            n = f"missing: {e.cell.lacks}" if e.cell.lacks else str(len(e.ours))
+            n = f"missing: {e.cell.lacks}" if e.cell.lacks else e.n or str(len(e.ours))
             rows.append([*(Text(str(e.cell.at.get(a, ""))) for a in axes), *fields(e, names, marked), Text(n)])
     return head, rows
 
@@ -58,7 +66,7 @@ def by_attack(entries: list[Entry]) -> list[list[Entry]]:
     for e in entries:
         made = tuple((k, v) for k, v in e.cell.at.items() if k.split(".")[0] != "defense")
         attack = e.cell.at.get("attack", "")
-        groups.setdefault((("average",), *made[1:]) if attack.startswith("average") else made, []).append(e)
+        groups.setdefault((("average", e.over), *made[1:]) if attack.startswith("average") else made, []).append(e)
     return list(groups.values())
 
 
@@ -72,8 +80,15 @@ def notes(table: Table, entries: list[Entry]) -> list[str]:
         )
     rule = {"of_averages": "the DER of the averaged ACC and ASR", "of_rows": "the mean of the rows' DERs"}[table.average]
     found.append(f"average DER: {rule}, as in the paper; of attacks that are measured, on both sides")
+    if not all(e.comparable for e in entries):
+        found.append(
+            "measured on another data set than the printed numbers, so that no difference is taken and no ranking compared"
+        )
     if rows:
-        of = {k: sorted({str(r.get(k)) for r in rows}) for k in ("seed", "dataset", "arch", "train", "device", "torch")}
+        of = {
+            k: sorted({str(r.get(k)) for r in rows})
+            for k in ("experiment", "seed", "dataset", "arch", "train", "device", "torch")
+        }
         days = sorted(r["finished"][:10] for r in rows if r.get("finished"))
         about = "; ".join(f"{k} {', '.join(v)}" for k, v in of.items())
         found.append(f"{len(rows)} rows; {about}; {days[0]} to {days[-1]}" if days else f"{len(rows)} rows; {about}")
@@ -106,6 +121,7 @@ def read(argv: list[str], usage: str) -> Measured:
     size = next((w.partition("=")[2] for w in words if w.startswith("scale=")), "paper")
     words = [w for w in words if not w.startswith("scale=")]
     asked, scale, composer = grid.load(names[0]), grid.scale(size), Composer()
+    grid.configured(asked, grid.cells(asked, scale, words, composer), words)  # says what is wrong in them
     plain = resolve({"paths": composer.plain(tuple(w for w in words if w.startswith("paths.")))["paths"]})
     paths = {k: Path(v).expanduser() for k, v in plain["paths"].items()}
     found = collect(asked, scale, words, composer, (paths["results"], PACKAGED))
@@ -117,11 +133,20 @@ def strangers(folder: Path) -> None:
         print(f"bdx: {path} is no result row, or not whole; it was left out", file=sys.stderr)
 
 
+def helped(argv: list[str], usage: str, about: str) -> bool:
+    """Whether the user asks for help, which is printed."""
+    if asks := bool({"-h", "--help"} & set(argv)):
+        print(f"{usage}\n\n{about}\n{WORDS}", end="")
+    return asks
+
+
 def table(argv: list[str]) -> int:
     """`bdx table NAME [scale=…] [key=value …] [--format md|csv|tex|html]`."""
+    if helped(argv, USAGE, "a paper's table as it was measured here, beside the printed numbers, and whether the claim holds"):
+        return 0
     form, argv = option(argv, "--format", "md")
     one_of("--format", form, FORMATS)
-    found = read(argv, "bdx table NAME [scale=…] [--format md|csv|tex|html]")
+    found = read(argv, USAGE)
     print(FORMATS[form](found.title, *laid_out(found.table, found.entries), notes(found.table, found.entries)), end="")
     strangers(found.paths["results"])
     return 0

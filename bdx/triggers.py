@@ -177,6 +177,7 @@ def line(name: str, attack: Attack, of: Looks, found: Kept | None, row: dict) ->
     return {
         "attack": name,
         "labels": f"{'clean' if attack.clean_label else 'dirty'} {attack.labels}",
+        "controls": "data" if attack.leaves_poison else "training",
         "trigger": "sample-specific" if attack.sample_specific else "static",
         "looks": of.words(),
         "L2": f"{l2:.2f}",
@@ -200,7 +201,7 @@ def show(lines: list[dict], refused: list[str], later: list[str], dataset: str) 
     if "ACC" not in heads:
         heads = [h for h in heads if h != "in print: ACC / ASR"]
     for i, head in enumerate(heads):
-        table.add_column(head, no_wrap=True, justify="left" if i < 4 or head == "changed keys" else "right")
+        table.add_column(head, no_wrap=True, justify="left" if i < 5 or head == "changed keys" else "right")
     for of in lines:
         table.add_row(*(of[h] for h in heads))
     console.width = 1000  # as wide as it needs: half a number is none

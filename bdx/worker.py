@@ -128,6 +128,15 @@ def cell(words: tuple[str, ...], composer: Composer) -> dict:
         return outcome("failed", f"{e.filename}: {reason(e)}" if of_a_file(e) else one_line(e))
 
 
+def logged(words: tuple[str, ...], composer: Composer) -> dict:
+    """`cell`, named in the log first. Where that cannot be written, as on a full disk, the cell fails and says so."""
+    try:
+        print("bdx", *words, flush=True)
+        return cell(words, composer)
+    except OSError as e:
+        return {"state": "failed", "reason": f"the worker's log cannot be written: {e.strerror}", "busy": 0.0}
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGUSR2, interrupted)
@@ -144,8 +153,7 @@ def main() -> None:
     print(json.dumps({"ready": os.getpid()}), file=answers)
     try:
         while (words := jobs.get()) is not None:
-            print("bdx", *words, flush=True)
-            said = cell(tuple(words), composer)
+            said = logged(tuple(words), composer)
             torch.cuda.empty_cache()
             print(json.dumps(said), file=answers)
     except KeyboardInterrupt:

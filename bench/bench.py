@@ -20,6 +20,7 @@ from defenses import bench_cnpd, bench_d3, bench_npd  # noqa: F401
 from every import bench_defenses  # noqa: F401
 from rich.console import Console
 from rich.table import Table
+from slots import bench_slots  # noqa: F401
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode

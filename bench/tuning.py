@@ -10,7 +10,7 @@ from common import SGD, Figure, Place, train, versus
 from defenses import made
 
 from bdx import surgery
-from bdx.defenses.nc import Search
+from bdx.detectors.nc import Search
 
 
 def bench_nad(place: Place) -> Iterator[Figure]:

@@ -19,6 +19,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each of them gets one thread, and wha
     torch.set_num_threads(1)
 TINY = ["dataset=digits", "dataset.source.size=16", "arch.width=8", "train=fast", "train.batch=64"]
 TINY += ["train.precision=32-true", "logger=none"]
+ROW = {  # a run's, with all that every row has
+    "id": "0123456789abcdef", **dict.fromkeys(("dataset", "arch", "attack", "defense", "train"), "toy"), "seed": 0,
+    **{f"{score}{when}": 0.5 for score in ("acc", "asr", "ra") for when in ("_before", "")}, "der": 0.5, "n_reserved": 100,
+    "n_poisoned": 10, "seconds_attack": 1.0, "seconds_defense": 1.0, "device": "toy", "torch": "0", "backdoor": "b" * 16,
+    "data_sha256": "0" * 64, "finished": "2026-11-20T00:00:00+00:00",
+}  # fmt: skip
 
 
 LONGEST = ("test_device", "test_run", "test_defenses", "test_sweep", "test_cli", "test_cnpd", "test_attacks")
@@ -107,7 +113,7 @@ def quick_trainer():
     return partial(make_trainer, device=torch.device("cpu"), precision="32-true", seed=0, report=lambda *_: None)
 
 
-__all__ = ["CONF", "ROOT", "TINY", "build_attack", "load_digits", "names", "paths"]
+__all__ = ["CONF", "ROOT", "ROW", "TINY", "build_attack", "load_digits", "names", "paths"]
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ PACKAGE = ROOT / "bdx"
 LINE = (
     "errors", "files", "split", "picture", "draws", "augment", "corruptions", "metrics", "polarizers", "conditioned", "decoder",
     "surgery", "sharpness", "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build",
-    "recipe", "imagefile", "store", "results", "configure", "declared", "agreement", "layout", "page", "composer", "grid",
-    "hardware",
+    "recipe", "imagefile", "store", "results", "configure", "declared", "agreement", "layout", "page", "composer", "checked",
+    "grid", "hardware",
 )  # fmt: skip
 FLOORS = (
     set(LINE),
@@ -30,7 +30,8 @@ FLOORS = (
     {"detectors"},
     {"attacks", "defenses"},
     {"evaluate", "tracking", "screen", "comparison"},
-    {"backdoor", "oracle", "tables", "charts"},
+    {"backdoor", "oracle", "charts", "claims"},
+    {"tables"},
     {"run", "info", "data", "forecast", "figures", "chosen"},
     {"worker", "readme"},
     {"shift"},

@@ -255,6 +255,11 @@ def test_an_unknown_net_of_a_library_is_a_users_mistake(arch, key):
         build(arch, f"arch.{key}=resnt18")
 
 
+def test_what_a_library_asserts_is_a_users_mistake():
+    with pytest.raises(UserError, match=r"^cannot build bdx\.archs\.vit\.vit: embed_dim must be divisible by num_heads$"):
+        build("vit_b_16", "arch.width=8")
+
+
 def test_an_unknown_key_names_itself():
     arch = config("arch=preact_resnet18") | {"depth": 18}
     with pytest.raises(UserError, match=r"cannot build bdx\.archs\.preact_resnet\.preact_resnet18: .*depth"):

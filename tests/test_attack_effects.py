@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, build_attack, paths
+from conftest import ROW, TINY, build_attack, paths
 
 from bdx import readme, recipe
 from bdx.configure import compose
@@ -76,7 +76,7 @@ def kept(small, tmp_path):
     of = recipe.of_backdoor(compose(words), small.sha256)
     tensors = attack.state_dict() | {"split.poisoned": small.train.poisoned, "split.reserved": small.reserved}
     artifact = Store(tmp_path / "out" / "store").get_or_make(of, lambda _: (tensors, {}))
-    row = {"id": "0" * 16, "backdoor": artifact.id, "acc_before": 0.9123, "asr_before": 0.5, "seconds_attack": 77.4}
+    row = ROW | {"id": "0" * 16, "backdoor": artifact.id, "acc_before": 0.9123, "asr_before": 0.5, "seconds_attack": 77.4}
     (tmp_path / "out" / "results").mkdir()
     (tmp_path / "out" / "results" / f"{row['id']}.json").write_text(json.dumps(row | {"finished": "2026-01-01"}))
     return tmp_path, artifact
@@ -92,6 +92,7 @@ def test_learned_triggers_are_shown_from_the_store_with_what_was_measured(kept, 
         lines = {of["attack"]: of for of in csv.DictReader(file)}
     assert list(lines) == ["badnets", "lira"]
     lira = lines["lira"]
+    assert [lines[name]["controls"] for name in ("badnets", "lira")] == ["data", "training"]
     assert (lira["L∞ of 255"], lira["changed keys"], lira["backdoor"]) == ("26", "eps=0.1", artifact.id)  # 0.1 of 255
     assert (lira["ACC"], lira["ASR"], lira["seconds"]) == ("91.23", "50.00", "77")
     assert (lines["badnets"]["ACC"], lines["badnets"]["backdoor"]) == ("", "")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, build_attack, names
+from conftest import TINY, build_attack, names, paths
 from PIL import Image
 
 from bdx.adversarial import Budget, hardened
@@ -19,7 +21,7 @@ from bdx.errors import UserError
 from bdx.evaluate import look, score, scrambled_asr
 from bdx.info import rows
 from bdx.recipe import of_backdoor
-from bdx.run import build_defense, check, control
+from bdx.run import build_defense, check, control, run
 from bdx.screen import Screen
 from bdx.split import Split, pixels
 from bdx.surgery import mode
@@ -188,6 +190,27 @@ def test_all_to_all_any_target_and_any_ratio(name, digits):
         assert torch.equal(train.y[~p], digits.train.y[~p])
 
 
+@pytest.mark.parametrize("name", ["sig", "lc"])
+def test_more_images_than_a_small_class_has_are_refused_before_training(name, tmp_path, monkeypatch):
+    """43 classes, as GTSRB, of 5 images: a tenth of 215 is more than any of them has."""
+    monkeypatch.setattr("bdx.backdoor.fit", lambda *_: pytest.fail("trained"))
+    for k in range(43):
+        for split, count in (("train", 5), ("test", 1)):
+            for i in range(count):
+                (tmp_path / split / f"{k:02}").mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (6 * k, 0, i)).save(tmp_path / split / f"{k:02}" / f"{i}.png")
+    words = ["dataset=folder", f"dataset.source.root={tmp_path}", "dataset.source.size=8", "dataset.reserved.count=43"]
+    text = (
+        r"^attack\.ratio=0\.1 asks for 22 poisoned images of 215, but there are 5 of class 7; expected attack\.ratio between "
+        r"0\.0047 and 0\.02326, or attack\.ratio_of=candidates for a share of those$"
+    )
+    with pytest.raises(UserError, match=text):
+        run(
+            compose([*words, *TINY[2:], *paths(tmp_path), f"attack={name}", "attack.target=7", "defense=none"]),
+            Screen(quiet=True),
+        )
+
+
 # several triggers at once
 
 
@@ -334,7 +357,7 @@ def test_a_part_that_trains_in_a_way_of_its_own_is_refused(monkeypatch, digits):
         ("badnets", "attack.margin=-1", "with margin=-1"),
         ("badnets", "attack.patch=40", "is 40\\+0 pixels: images are 32×32"),
         ("badnets", "attack.value=1.5", "expected a pixel value between 0 and 1"),
-        ("badnets", "attack.pattern=dots", "expected solid or grid"),
+        ("badnets", "attack.pattern=dots", "expected one of solid, grid, grid_imagenet12"),
         ("badnets", "attack.target=-1", "expected 0 to 9 for 10 classes"),
         ("blended", "attack.alpha=1.1", "expected a weight above 0 and up to 1"),
         ("bpp", "attack.levels=1", "expected 2 to 128"),
@@ -348,6 +371,8 @@ def test_a_part_that_trains_in_a_way_of_its_own_is_refused(monkeypatch, digits):
         ("sig", "attack.delta=300.0", r"attack\.delta=300\.0, frequency=6\.0: expected"),
         ("sig", "attack.frequency=0.0", "expected above 0"),
         ("sig_wrapped", "attack.alpha=0.0", "expected a weight above 0"),
+        ("sig_wrapped", "attack.amplitude=0.0", r"attack\.amplitude=0\.0, step=0\.8: expected grey levels and radians above 0"),
+        ("sig_wrapped", "attack.step=-0.8", "above 0"),
         ("sig_wrapped", "attack.ratio=0.2", "asks for 288 poisoned images of 1438"),
         ("smooth", "attack.gaussians=[[1.0,2.0,3.0,4.0,5.0,6.0]]", r"expected \[A,x0,y0,sx,sy,c\] for red, green, blue"),
         ("smooth", "attack.gaussians=[[1.0,2.0],[1.0,2.0],[1.0,2.0]]", "expected \\[A,x0"),
@@ -384,6 +409,123 @@ def test_a_picture_that_is_none_or_of_another_range(kind, text, digits, tmp_path
     for name in ("blended", "trojan_wm"):
         with pytest.raises(UserError, match=text):
             build_attack(digits, f"attack={name}", f"attack.file={path}")
+
+
+def refused(digits, file, *overrides: str) -> str:
+    with pytest.raises(UserError) as e:
+        build_attack(digits, "attack=blended", f"attack.file={file}", *overrides)
+    assert "\n" not in str(e.value)
+    return str(e.value).replace(str(file), "FILE")
+
+
+@pytest.mark.parametrize(("size", "taken"), [((9, 9), True), ((100, 101), False), ((64, 32), False), ((3, 2), False)])
+def test_a_picture_of_other_proportions_is_refused(size, taken, digits, tmp_path):
+    Image.new("RGB", size, "white").save(file := tmp_path / "mine.png")
+    if taken:
+        build_attack(digits, "attack=blended", f"attack.file={file}")
+        return
+    said = refused(digits, file)
+    assert said.startswith(f"attack.file=FILE is {size[1]}×{size[0]} (height×width), images are 32×32: it would be distorted")
+
+
+def test_proportions_may_differ_by_what_rounding_costs(tmp_path):
+    from bdx.picture import fits
+
+    fits("a", (24, 33), (96, 130))  # 32.5 columns
+    fits("a", (24, 32), (96, 130))
+    for found in ((24, 34), (24, 31), (33, 24)):
+        with pytest.raises(UserError, match="it would be distorted; crop it"):
+            fits("a", found, (96, 130))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_a_transparent_picture_is_refused_and_an_opaque_one_is_not(mode, digits, tmp_path):
+    image, file = Image.new(mode, (32, 32)), tmp_path / "mine.png"
+    clear = {} if mode in ("RGBA", "LA") else {"transparency": 0 if mode == "P" else (0, 0, 0)}
+    if not clear:
+        image.putalpha(255)
+        image.save(file)
+        build_attack(digits, "attack=blended", f"attack.file={file}")
+        image.putpixel((3, 4), (*image.getpixel((3, 4))[:-1], 254))
+    image.save(file, **clear)
+    least = 0 if clear else 254
+    assert refused(digits, file).startswith(f"attack.file=FILE is transparent, its alpha channel goes down to {least} of 255;")
+
+
+PIXELS = np.arange(32 * 32 * 3).reshape(32, 32, 3) % 52  # as BackdoorBench's patterns for LF: up to 0.2 of 255
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        PIXELS.astype(np.uint8), PIXELS[None].astype(np.uint8), PIXELS.transpose(2, 0, 1).astype(np.uint8),
+        PIXELS.astype(np.float32)[None] / 255, PIXELS / 255, np.asfortranarray(PIXELS / 255),
+    ],
+)  # fmt: skip
+def test_a_pattern_may_be_a_numpy_array(array, digits, tmp_path):
+    np.save(file := tmp_path / "mine.npy", array)
+    attack = build_attack(digits, "attack=lf", f"attack.file={file}")
+    black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert np.array_equal(attack.stamp(black)[0], PIXELS.transpose(2, 0, 1))
+    assert not attack.wanting
+
+
+def test_a_grey_array_is_resized_smoothly(digits, tmp_path):
+    np.save(file := tmp_path / "mine.npy", np.kron([[0.0, 1.0]] * 2, np.ones((32, 32))))  # 64×64, the right half is white
+    pattern = build_attack(digits, "attack=blended", f"attack.file={file}").pattern
+    assert torch.equal(pattern[0], pattern[2])
+    assert pattern[:, :, :15].max() < 1e-6
+    assert torch.allclose(pattern[:, :, 17:], torch.tensor(1.0))
+    assert 0 < float(pattern[0, 3, 15]) < 0.5 < float(pattern[0, 3, 16]) < 1
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (PIXELS[:, :, :2].astype(np.uint8), "has the shape (32, 32, 2): expected (H,W,3), (1,H,W,3), (3,H,W) or (H,W)"),
+        (np.stack([PIXELS] * 2).astype(np.uint8), "has the shape (2, 32, 32, 3): expected"),
+        (np.zeros((0, 0, 3), np.uint8), "has the shape (0, 0, 3): expected"),
+        (np.float64(0.5), "has the shape (): expected"),
+        (PIXELS, "holds int64: expected uint8, or floats from 0 to 1"),
+        (PIXELS == 3, "holds bool: expected uint8"),
+        (PIXELS.astype(str), "holds <U21: expected uint8"),
+        (PIXELS / 51 * 255.0, "holds float64 from 0.0 to 255.0: expected uint8, or floats from 0 to 1"),
+        (PIXELS / 51 - 0.5, "holds float64 from -0.5 to 0.5: expected"),
+        (np.full((32, 32), np.nan), "holds float64 from nan to nan: expected"),
+        (PIXELS[:16].astype(np.uint8), "is 16×32 (height×width), images are 32×32: it would be distorted"),
+        (np.array([print]), "is not an array of numbers: "),
+    ],
+)
+def test_an_array_that_is_no_picture_is_refused(array, text, digits, tmp_path):
+    np.save(file := tmp_path / "mine.npy", array, allow_pickle=True)
+    assert f"attack.file=FILE {text}" in refused(digits, file)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "archive", "text", "truncated"])
+def test_what_is_named_as_an_array_and_is_none_is_refused_unread(kind, digits, tmp_path):
+    file, ran = tmp_path / "mine.npy", tmp_path / "ran"
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps(Runs(str(ran))))
+    elif kind == "archive":
+        np.savez(tmp_path / "mine", PIXELS)
+        (tmp_path / "mine.npz").rename(file)
+    elif kind == "truncated":
+        np.save(file, PIXELS)
+        file.write_bytes(file.read_bytes()[:500])
+    else:
+        file.write_text("no array")
+    assert "attack.file=FILE is not an array of numbers: " in refused(digits, file)
+    assert not ran.exists()
+
+
+class Runs:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
 # LBA

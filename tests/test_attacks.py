@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_attack, names
+from omegaconf import OmegaConf
 from PIL import Image
+from scipy.fft import dctn, idctn
 
 from bdx.attacks.base import Attack
+from bdx.build import instantiate
+from bdx.configure import compose
 from bdx.errors import UserError
 from bdx.split import Split
 
@@ -112,25 +116,33 @@ def test_the_test_set_holds_only_what_the_attack_would_change(name, labels, made
 @pytest.mark.parametrize("name", ATTACKS)
 def test_weights_and_assets_reload_to_the_same_trigger(name, made, digits):
     attack, _ = made(name)
-    other, _ = made(name, "seed=5")
-    other.load_state_dict(attack.state_dict())
+    drawn = "pattern_seed" in compose([f"attack={name}"]).attack
+    other, _ = made(name, "seed=5", *["attack.pattern_seed=5"] * drawn)
     x = digits.test.x[:8]
+    assert not (drawn and torch.equal(other.stamp(x), attack.stamp(x)))
+    other.load_state_dict(attack.state_dict())
     assert torch.equal(other.stamp(x), attack.stamp(x))
     assert torch.equal(other.net.body.conv1.weight, attack.net.body.conv1.weight)
+
+
+@pytest.mark.parametrize("name", [n for n in ATTACKS if n != "given"])  # it trains nothing
+def test_a_schedule_that_cannot_go_over_so_few_steps_is_refused_by_every_attack(name, digits):
+    with pytest.raises(UserError, match=r"train\.schedule over 4 steps \(epochs=1, batch=359, 1438 images\) cannot be"):
+        build_attack(digits, f"attack={name}", *SMALL.get(name, []), "train.epochs=1", "train.batch=359").check(digits.train)
 
 
 # triggers by hand
 
 
-@pytest.mark.parametrize(("size", "patch"), [(32, 3), (64, 6)])
-def test_badnets_is_an_exact_square(size, patch, digits):
-    from bdx.attacks.badnets import BadNets
+def sized(name: str, *shape: int, **changes) -> Attack:
+    """The attack of conf/attack/<name>.yaml for images of a shape (C,H,W)."""
+    node = OmegaConf.to_container(compose([f"attack={name}"]).attack, resolve=True) | changes
+    return instantiate(node, net=torch.nn.Identity(), shape=shape, num_classes=10, recipe=None, seed=0)
 
-    attack = BadNets(
-        torch.nn.Identity(), shape=(3, size, size), num_classes=10, recipe=None, seed=0, target=0, labels="all2one",
-        ratio=0.1, ratio_of="train", select="random", include_target=True,
-        patch=3, position="bottom_right", margin=0, value=1.0, pattern="solid",
-    )  # fmt: skip
+
+@pytest.mark.parametrize(("size", "patch"), [(32, 3), (64, 6)])
+def test_badnets_is_an_exact_square(size, patch):
+    attack = sized("badnets", 3, size, size)
     x = torch.full((1, 3, size, size), 100, dtype=torch.uint8)
     change = attack.stamp(x) != x
     assert int(change.sum()) == 3 * patch * patch
@@ -144,6 +156,21 @@ def test_badnets_positions_and_margin(position, corner, made):
     out = attack.trigger(torch.zeros(1, 3, 32, 32))
     assert out[0, 0].nonzero().tolist() == [list(corner)]
     assert out.max() == 0.5
+
+
+def test_the_grid_of_imagenet_12_at_256():
+    """Trap-and-Replace: 3×3 cells of 10×10 pixels at rows and columns 32 to 61, its rows 255 0 255, 0 255 0, 255 0 0."""
+    attack = sized("badnets", 3, 256, 256, pattern="grid_imagenet12", patch=3.75, margin=4.0, position="top_left")
+    x = torch.full((1, 3, 256, 256), 100, dtype=torch.uint8)
+    wanted = np.full((256, 256), 100)
+    wanted[32:62, 32:62] = np.kron([[255, 0, 255], [0, 255, 0], [255, 0, 0]], np.ones((10, 10)))
+    assert np.array_equal(attack.stamp(x)[0], np.stack([wanted] * 3))
+
+
+@pytest.mark.parametrize("override", ["attack.patch=33", "attack.margin=30"])
+def test_a_patch_that_does_not_fit_is_refused_at_any_size(override, small):
+    with pytest.raises(UserError, match=r"pixels: images are 16×16; expected pixels of a 32×32 image, .* fit into it"):
+        build_attack(small, "attack=badnets", override)
 
 
 def test_blended_mixes_the_pattern(made, tmp_path):
@@ -160,7 +187,7 @@ def test_blended_mixes_the_pattern(made, tmp_path):
     # mean and deviation of uniform noise: 127.5 and 73.6 of 255, as the noise masks of ANP and ABL
     assert attack.pattern.mean() == pytest.approx(0.5, abs=0.02)
     assert attack.pattern.std() == pytest.approx(1 / math.sqrt(12), abs=0.01)
-    Image.fromarray(np.full((7, 9, 3), 255, dtype=np.uint8)).save(tmp_path / "white.png")
+    Image.fromarray(np.full((9, 9, 3), 255, dtype=np.uint8)).save(tmp_path / "white.png")
     white, _ = made("blended", f"attack.file={tmp_path / 'white.png'}")
     assert torch.allclose(white.trigger(x), torch.full_like(x, 0.6))
 
@@ -289,10 +316,15 @@ def test_the_wrapped_sinusoid_is_a_square_wave(digits):
     assert [round(v, 1) for v in out[0, 0, :8].tolist()] == [0.0, 2.8, 3.8, 2.6, 51.0, 48.2, 47.4, 48.8]
 
 
+@pytest.mark.parametrize("width", [16, 32, 64, 48])
+def test_the_wrapped_sinusoid_has_the_32_columns_of_the_file_at_any_width(width):
+    columns = [int(20 * math.sin(0.8 * j)) % 256 for j in range(32)]
+    out = sized("sig_wrapped", 3, 32, width).stripes * 255
+    assert [round(v) for v in out.tolist()] == [columns[j * 32 // width] for j in range(width)]
+
+
 def test_ftrojan_raises_two_coefficients(digits):
     """Back through the colour matrix and an orthonormal cosine transform of another library."""
-    from scipy.fft import dctn
-
     for name, magnitude in (("ftrojan", 30), ("ctrl", 100)):
         attack = build_attack(digits, f"attack={name}")
         r, _, b = attack.added.double()
@@ -304,6 +336,63 @@ def test_ftrojan_raises_two_coefficients(digits):
             found[15, 15] = found[31, 31] = 0
             assert abs(found).max() < 1e-2
     assert float(build_attack(digits, "attack=ftrojan").added.abs().max()) * 255 < 7
+
+
+def test_ctrls_window_is_the_whole_image_and_ftrojans_is_not():
+    """At 64×64 the coefficients (15,15) and (31,31) of all of U and V, and nothing else; smaller images get a part of 32×32."""
+    added = sized("ctrl", 3, 64, 64).added.double()
+    for channel in (added[2] / 2.029, added[0] / 1.14):
+        found = dctn(channel.numpy() * 255, norm="ortho")
+        assert found[[15, 31], [15, 31]] == pytest.approx([100, 100], abs=1e-2)
+        found[[15, 31], [15, 31]] = 0
+        assert abs(found).max() < 1e-2
+    wide = dctn(sized("ctrl", 3, 40, 64).added[2].double().numpy() / 2.029 * 255, norm="ortho")
+    assert wide[[15, 31], [15, 31]] == pytest.approx([100, 100], abs=1e-2)
+    assert torch.equal(sized("ctrl", 3, 28, 28).added, sized("ctrl", 3, 32, 32).added[:, :28, :28])
+    four = sized("ftrojan", 3, 64, 64).added.unfold(1, 32, 32).unfold(2, 32, 32)
+    assert (four == sized("ftrojan", 3, 32, 32).added[:, None, None]).all()
+
+
+# the released codes' bytes
+
+
+def test_ctrls_code_wraps_where_a_sum_leaves_the_grey_levels():
+    paper, code = (sized("ctrl", 3, 32, 32, follow=follow) for follow in ("paper", "code"))
+    for level in (0, 100, 255):
+        x = torch.full((1, 3, 32, 32), level, dtype=torch.uint8)
+        sums = (level + 255 * code.added).tolist()
+        wanted = [[[int(v) % 256 for v in row] for row in channel] for channel in sums]
+        assert code.stamp(x)[0].tolist() == wanted
+    black = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert float((code.stamp(black) > 200).float().mean()) == pytest.approx(0.44, abs=0.01)  # measured in the benchmark
+    assert not (paper.stamp(black) > 200).any()
+
+
+def test_ftrojans_code_wraps_in_the_chroma_of_opencv():
+    """Black has no chroma, so that nothing wraps; red's Cr is 255 of 255, and wraps to 0 and 1 where a level is added."""
+    code = sized("ftrojan", 3, 32, 32, follow="code")
+    chroma = idctn([[30.0 * (i == j and i in (15, 31)) for j in range(32)] for i in range(32)], norm="ortho")
+    c = np.trunc(128 + chroma) - 128
+    grey = np.clip(np.round(np.stack([60 + 1.403 * c, 60 - 0.714 * c - 0.344 * c, 60 + 1.773 * c])), 0, 255)
+    assert np.array_equal(code.stamp(torch.full((1, 3, 32, 32), 60, dtype=torch.uint8))[0].numpy(), grey)
+    black = code.stamp(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))[0]
+    assert np.array_equal(black[0], np.clip(np.round(1.403 * c), 0, 255))
+    assert black.max() <= 7
+    red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    out, wraps = code.stamp(red)[0], torch.from_numpy(chroma >= 1)
+    assert (out[0, wraps] == 0).all()  # y = 76, cr from 255 to 0: 76 + 1.403 · −128 is below 0
+    assert (out[1, wraps] >= 76 + 90).all()  # 76 + 0.714 · 127 and something of cb
+    assert (out[0, ~wraps] > 240).all()
+
+
+def test_what_wraps_no_chroma_is_refused(digits, tmp_path):
+    Image.new("RGB", (8, 8), (0, 51, 0)).save(tmp_path / "green.png")
+    with pytest.raises(UserError, match=r"wraps the chroma of colour images; set attack\.follow=paper"):
+        build_attack(digits, "attack=ftrojan", "attack.follow=code", f"attack.file={tmp_path / 'green.png'}")
+    with pytest.raises(UserError, match="wraps the chroma"):
+        sized("ftrojan", 1, 32, 32, follow="code")
+    with pytest.raises(UserError, match=r"attack\.follow=codes: expected paper or code"):
+        build_attack(digits, "attack=ctrl", "attack.follow=codes")
 
 
 def test_bpp_leaves_eight_values(digits):
@@ -324,8 +413,6 @@ def test_patterns_follow_the_image(digits):
 
 
 def test_a_picture_of_ones_own_is_added(digits, tmp_path):
-    from PIL import Image
-
     Image.new("RGB", (8, 8), (0, 51, 0)).save(tmp_path / "green.png")
     attack = build_attack(digits, "attack=trojan_wm", f"attack.file={tmp_path / 'green.png'}")
     assert torch.allclose(attack.trigger(torch.zeros(1, 3, 32, 32))[0, 1], torch.tensor(0.2))

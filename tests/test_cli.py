@@ -99,6 +99,16 @@ def test_help_lists_every_choice_of_every_group(bdx, argv):
         assert word in said.out
 
 
+@pytest.mark.parametrize("argv", [
+    "table --help", "report -h", "dashboard --help", "figure --help", "figure npd2023/fig03 -h", "table npd2023/table01 --help",
+])  # fmt: skip
+def test_what_shows_a_table_says_what_it_takes(bdx, argv):
+    said = bdx(*argv.split())
+    assert (said.code, said.err) == (0, "")
+    assert said.out.startswith(f"bdx {argv.split()[0]} ")
+    assert "key=value" in said.out
+
+
 def test_version(bdx):
     import bdx as package
 
@@ -605,6 +615,24 @@ MULTIRUN_MISTAKES = [
 @pytest.mark.parametrize(("words", "answer"), MULTIRUN_MISTAKES)
 def test_a_mistake_in_a_grid_is_refused_before_any_cell(bdx, pretended, words, answer, tmp_path):
     refused(bdx("-m", *paths(tmp_path), *words.split()), answer)
+    assert pretended == []
+
+
+@pytest.mark.parametrize("words", [
+    "--cfg job", "-c job", "--dry-run", "--info", "--help", "--config-dir=x", "--resolve", "attack",
+])  # fmt: skip
+def test_a_table_by_multirun_takes_no_word_that_it_would_drop(bdx, pretended, words, tmp_path):
+    said = bdx("-m", "+npd2023=table01", "scale=smoke", *paths(tmp_path), *words.split())
+    refused(said, rf"{words.split()[0]}: expected key=value beside a table; `bdx sweep npd2023/table01 --dry-run` shows it")
+    assert pretended == []
+
+
+@pytest.mark.parametrize(("words", "answer"), [
+    ("attack=badnetz", "no cell can run, for want of attack=badnetz"), ("atack=badnets", "atack: no such key"),
+    ("+npd2023=table02", "npd2023: no such key"), ("attack=glob(b*)", "expected values that can be counted"),
+])  # fmt: skip
+def test_a_mistake_beside_a_table_is_refused_before_any_cell(bdx, pretended, words, answer, tmp_path):
+    refused(bdx("-m", "+npd2023=table01", "scale=smoke", *paths(tmp_path), *words.split()), answer)
     assert pretended == []
 
 

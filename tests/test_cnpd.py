@@ -77,7 +77,7 @@ def test_before_training_the_net_is_the_one_that_came_whatever_the_label(name, a
 def test_r_is_npd_with_a_known_target_for_each_class(repaired):
     """The slice k = T of r-CNPD is what NPD-TP learns for target T from the same seed."""
     known, every = repaired("npd_tp").polarizer, repaired("cnpd_r").polarizer
-    assert (known.conv.weight[:, :, 0, 0] - torch.eye(64)).abs().max() > 0.003  # it has learned something
+    assert (known.conv.weight[:, :, 0, 0] - torch.eye(64)).abs().max() > 0.001  # it has learned something
     assert torch.allclose(every.weight[3], known.conv.weight[:, :, 0, 0], atol=1e-5)
     assert torch.allclose(every.norm.weight[3], known.bn.weight, atol=1e-5)
     assert torch.allclose(every.norm.running_mean[3], known.bn.running_mean, atol=1e-5)

@@ -296,6 +296,32 @@ def equal(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [("blind", ["true"], ["true", "next"]), ("lira", ["next", "true", "next"], ["true", "next"])],  # lira's generator first
+)
+def test_under_all2all_every_triggered_image_is_trained_on_as_the_next_class(
+    name, first, second, digits, quick_trainer, monkeypatch
+):
+    attack = quick(digits, name, "attack.labels=all2all", *(["attack.threshold=1000.0"] * (name == "blind")))
+    asked, said, loss, step = [], [], F.cross_entropy, attack.training_step
+
+    def watched(batch, i=0):
+        asked.clear()
+        out = step(batch, i)
+        labels = {tuple(batch.y.tolist()): "true", tuple(((batch.y + 1) % 10).tolist()): "next"}
+        said.append([labels[tuple(y.tolist())] for y in asked])
+        return out
+
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, y, **how: asked.append(y) or loss(logits, y, **how))
+    attack.training_step = watched
+    attack.fit(few(digits), quick_trainer)
+    assert said == [first] * 4 + [second] * 4
+    test = attack.triggered(digits.test)
+    assert torch.equal(test.y, (digits.test.y_true + 1) % 10)
+    assert torch.equal(test.x, attack.stamp(digits.test.x))
+
+
 # a training that was killed
 
 

@@ -89,9 +89,10 @@ def test_without_augmentation_cutmix_does_not_reach_it(attack):
 # refused too late
 
 
-def test_scaled_gradients_are_refused_before_training(untrained, tmp_path, shared):
-    asked = [*TINY, *paths(shared), f"paths.out={tmp_path}", "defense=ft_sam", "train.precision=16-mixed"]
-    with pytest.raises(UserError, match=r"FTSAM .* train\.precision=16-mixed scales apart; take bf16-mixed"):
+@pytest.mark.parametrize("name", ["ft_sam", "sau"])
+def test_scaled_gradients_are_refused_before_training(name, untrained, tmp_path, shared):
+    asked = [*TINY, *paths(shared), f"paths.out={tmp_path}", f"defense={name}", "train.precision=16-mixed"]
+    with pytest.raises(UserError, match=r"(FTSAM|SAU) .* train\.precision=16-mixed scales apart; take bf16-mixed"):
         bdx.run.run(compose(asked))
 
 
@@ -174,6 +175,17 @@ def test_what_nc_has_to_say_is_said_by_the_run(shared, tmp_path, capsys):
         f"NC flags no class (anomaly index at most {row['anomaly_index']:.2f}): the net stays as it is"
     ]
     assert "NC" not in capsys.readouterr().out
+
+
+def test_classes_without_a_reserved_image_are_said_by_the_run(shared, tmp_path):
+    screen, few = Said(), ["dataset.reserved.count=4", "dataset.reserved.balanced=false"]
+    bdx.run.run(compose([*TINY, *paths(shared), "train.epochs=1", "defense=ft", "defense.epochs=1", *few]), screen)
+    (line,) = (line for line in screen.lines if "reserved images lack" in line)
+    assert line.startswith("the 4 reserved images lack ")
+    assert line.endswith(
+        "FT is told nothing of them; take more images, or as many of each class by dataset.reserved.balanced=true"
+    )
+    assert "\n" not in line
 
 
 # TeCo and CD against the released loops, written out

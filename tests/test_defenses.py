@@ -71,15 +71,31 @@ def quick_trainer_module():
 
 
 @pytest.fixture(scope="module")
-def repaired(digits, victim, quick_trainer_module):
+def poisoned(digits, victim):
+    """The data as a run hands it to a defense: the training set is the attacker's."""
+    return digits.poisoned(victim.poison(digits.train))
+
+
+@pytest.fixture(scope="module")
+def repair(victim, quick_trainer_module):
+    """repair(name, data) -> the net after; the random numbers are the same in each."""
+
+    def run(name, data):
+        torch.manual_seed(0)
+        defense = build_defense(compose([*TINY, f"defense={name}", *short(name)]), victim)
+        return defense.run(data.allow(defense.needs), quick_trainer_module)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def repaired(poisoned, victim, repair):
     """repaired(name) -> (the net before, the net after); every defense runs once for all tests here."""
     done = {}
 
     def run(name):
         if name not in done:
-            before = copy.deepcopy(victim.net.state_dict())
-            defense = build_defense(compose([*TINY, f"defense={name}", *short(name)]), victim)
-            done[name] = (before, defense.run(digits.allow(defense.needs), quick_trainer_module))
+            done[name] = copy.deepcopy(victim.net.state_dict()), repair(name, poisoned)
         return done[name]
 
     return run
@@ -127,6 +143,40 @@ def test_it_changes_something(name, repaired):
     assert before.keys() != after.keys() or any(not torch.equal(before[k], after[k]) for k in before)
 
 
+def modules(net) -> dict[str, type]:
+    """name -> type of every module; of what was inserted, the module in whose place it stands."""
+    inserted = {n: m for n, m in net.named_modules() if isinstance(m, Inserted)}
+    found = {n: type(m) for n, m in net.named_modules() if not any(n.startswith(f"{i}.layer") for i in inserted)}
+    for name in inserted:
+        found = {n.replace(f"{name}.module", name): kind for n, kind in found.items() if n != name}
+    return found
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_the_net_has_the_modules_that_it_came_with(name, repaired, victim):
+    """But for what a defense is about: a polarizer, NAB's stamp, DP-SGD's GroupNorm in place of BatchNorm."""
+    _, net = repaired(name)
+    inserted = [type(m.layer).__module__ for m in net.modules() if isinstance(m, Inserted)]
+    about = "bdx.archs.stamp" if name == "nab" else "bdx.conditioned" if name.startswith("cnpd") else "bdx.polarizers"
+    assert inserted == [about] * name.startswith(("npd", "cnpd", "nab"))
+    wanted = modules(victim.net)
+    if name == "dp":
+        wanted = {n: torch.nn.GroupNorm if kind is torch.nn.BatchNorm2d else kind for n, kind in wanted.items()}
+    assert modules(net) == wanted
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_which_images_are_poisoned_is_told_to_no_defense(name, repair, repaired, poisoned, victim):
+    """Both are in the split, for the facts of the row; with other ones the net is the same to the bit."""
+    if "train" not in build_defense(compose([*TINY, f"defense={name}"]), victim).needs:
+        pytest.skip("takes no training image")
+    train = poisoned.train
+    lied = dataclasses.replace(train, poisoned=~train.poisoned, y_true=train.y_true.flip(0))
+    told, again = (net.state_dict() for net in (repaired(name)[1], repair(name, poisoned.poisoned(lied))))
+    assert told.keys() == again.keys()
+    assert all(torch.equal(told[k], again[k]) for k in told)
+
+
 @pytest.mark.parametrize("name", [n for n in DEFENSES if n.startswith("npd")])
 def test_a_polarizer_leaves_every_weight_of_the_net_as_it_was(name, repaired):
     before, net = repaired(name)
@@ -163,6 +213,8 @@ def test_few_reserved_images_are_enough(name, reserved, scarce, victim, quick_tr
     net = defense.run(few.allow(defense.needs), quick_trainer)
     with torch.no_grad():
         assert torch.isfinite(net.eval()(pixels(few.test.x[:5]))).all()
+    said = [note for note in defense.notes if note.startswith("the 4 reserved images lack")]
+    assert len(said) == (reserved == 4)
 
 
 def test_impossible_pairs_are_refused_by_name(digits, victim):

@@ -100,6 +100,25 @@ def test_a_grid_names_what_failed_and_goes_on(command, shared):
     assert "attack.ratio=0.3 asks for 431 poisoned images" in out
 
 
+def test_a_detector_of_the_net_records_the_anomaly_index_of_each_class(command, shared):
+    words = [*NET, "detector=nc", "detector.epochs=1", "detector.limit=20", "detector.anomaly=0.5", "trainer=cpu"]
+    code, out, err = command(*words, *paths(shared))
+    assert (code, err) == (0, "")
+    (row,) = (r for r in rows(shared).values() if r["detector"] == "nc")
+    assert (row["judged"], row["auc"], row["tpr"], row["fpr"], row["n"]) == ("net", None, None, None, 10)
+    indices = list(map(float, row["anomaly_indices"].split()))
+    assert len(indices) == 10
+    assert max(indices) == pytest.approx(row["anomaly_index"], abs=1e-4)
+    flagged = [k for k, index in enumerate(indices) if index > 0.5]
+    assert row["flagged_classes"] == " ".join(map(str, flagged))
+    assert row["n_flagged"] == len(flagged) > 0
+    said = " ".join(out.split())
+    assert f"nc on badnets: class{'es' * (len(flagged) > 1)} {', '.join(map(str, flagged))} flagged; anomaly index of" in said
+    code, again, _ = command(*words, *paths(shared))
+    assert "this run is done" in again
+    assert " ".join(again.split()).endswith(said[said.index("nc on badnets: class") :])
+
+
 def test_without_an_attack_there_is_no_auc(shared):
     words = [*NET[:-1], "attack=none", "detector=strip", "detector.overlays=2", "detector.limit=50", "trainer=cpu"]
     row = detect(compose([*words, *paths(shared)]), Screen(quiet=True))

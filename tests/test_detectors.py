@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, build_attack, load_digits, names
+from omegaconf import DictConfig, OmegaConf
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
@@ -18,7 +20,8 @@ from bdx.build import instantiate
 from bdx.configure import CONF, compose
 from bdx.declared import source
 from bdx.defenses.ac import AC
-from bdx.detection import check, judged_by, rates
+from bdx.detect import line
+from bdx.detection import check, judged_by, rates, verdict
 from bdx.detectors import beatrix, cd, scan, spectre, strip
 from bdx.detectors.base import penultimate, principal, sample
 from bdx.errors import UserError
@@ -95,7 +98,7 @@ def test_scores_are_finite_repeatable_and_leave_the_net_alone(name, data, victim
         torch.manual_seed(0)
         scores = detector.score(net, split, data.allow(detector.needs), quick_trainer)
         flagged = detector.flag(scores, split.y)
-        assert scores.shape == flagged.shape == (40,)
+        assert scores.shape == flagged.shape == (10 if detector.judge == "net" else 40,)  # classes or images
         assert torch.isfinite(scores).all()
         assert flagged.dtype == torch.bool
         seen.append(scores)
@@ -167,6 +170,10 @@ def test_the_rates_by_hand():
         (["detector=abl_loss", "detector.ascent=up"], "detector.ascent=up: expected lga or flooding"),
         (["detector=abl_loss", "detector.optimizer.lr=-1"], "detector.optimizer cannot be used"),
         (["detector=cd", "detector.lr=0.0"], "detector.lr=0.0"),
+        (["detector=nc", "detector.judge=train"], "detector.judge=train: expected one of net"),
+        (["detector=nc", "detector.anomaly=-1.0"], "detector.anomaly=-1.0: expected 0 or more"),
+        (["detector=nc", "detector.rule.success=0.0"], "detector.success=0.0, cost=0.001: expected success above 0"),
+        (["detector=nc", "detector.optimizer.lr=-1.0"], "detector.optimizer cannot be used"),
         (
             ["detector=teco", "detector.corruptions=[fog,fogg]"],
             r"detector.corruptions=fogg: expected one of .*did you mean fog",
@@ -542,6 +549,41 @@ def test_jpeg_against_pillow():
         assert float((ours - theirs).abs().mean()) < 1.5
 
 
+# Neural Cleanse, which judges the net
+
+
+def test_its_search_is_that_of_the_defense():
+    plain = lambda node: OmegaConf.to_container(node, resolve=True)
+    mine, theirs = plain(compose(["detector=nc"]).detector), plain(compose(["defense=nc"]).defense)
+    flat = mine.pop("rule") | mine
+    assert {k: flat[k] for k in theirs["search"]} == theirs["search"]
+    assert (mine["anomaly"], mine["augment"]) == (theirs["anomaly"], theirs["augment"])
+
+
+def test_the_scores_are_the_anomaly_indices_that_the_defense_finds(digits, victim, quick_trainer):
+    few = replace(digits, clean=digits.clean[:20])
+    torch.manual_seed(0)
+    detector = short("nc")
+    scores = detector.score(victim.net, None, few.allow(detector.needs), quick_trainer)
+    torch.manual_seed(0)
+    asked = compose([*TINY, "defense=nc", "defense.search.epochs=1", "defense.anomaly=1000.0"])
+    defense = build_defense(asked, victim)
+    defense.run(few.allow(defense.needs), quick_trainer)
+    assert defense.facts["anomaly_index"] == float(scores.max()) > 0
+    assert detector.flag(scores, None).tolist() == (scores > 2).tolist()
+
+
+def test_its_verdict_in_words():
+    found = verdict(torch.tensor([0.0, 3.25, 1.0]), torch.tensor([False, True, False]), made("nc"))
+    assert (found["auc"], found["tpr"], found["fpr"], found["n_flagged"]) == (None, None, None, 1)
+    assert (found["flagged_classes"], found["anomaly_indices"]) == ("1", "0.0000 3.2500 1.0000")
+    row = {"judged": "net", "detector": "nc", "attack": "given"} | found
+    threshold = "anomaly index of each class, threshold 2"
+    assert line(row) == f"nc on given: class 1 flagged; {threshold}: 0: 0.00, 1: 3.25 (above), 2: 1.00"
+    assert line(row | {"flagged_classes": ""}).startswith(f"nc on given: no class flagged; {threshold}: 0: 0.00, 1: 3.25, ")
+    assert line(row | {"flagged_classes": "0 1"}).startswith("nc on given: classes 0, 1 flagged; ")
+
+
 # filter and retrain
 
 
@@ -590,6 +632,15 @@ def test_every_defense_says_what_it_trains_and_costs(name):
     _, said = source(info.value(CONF / "defense" / f"{name}.yaml", "_target_"))
     assert said["trains"]
     assert said["cost"]
+
+
+@pytest.mark.parametrize("name", names("defense"))
+def test_what_it_costs_names_the_epochs_of_every_loop(name):
+    """Beside the key `epochs`, which `bdx info` shows itself: those of the stages of a file and of its variants."""
+    node = compose([f"defense={name}"]).defense
+    loops = [v["epochs"] for v in node.values() if isinstance(v, dict | DictConfig) and "epochs" in v]
+    cost = source(node["_target_"])[1]["cost"]
+    assert {*loops, node.get("teacher_epochs")} - {None} <= {int(n) for n in re.findall(r"\d+", cost)}
 
 
 def test_info_tells_epochs_of_the_file_or_of_its_parent(capsys):

@@ -98,7 +98,7 @@ def test_nets_of_one_backdoor_share_a_picture(repaired, places, capsys):
     assert shown == pytest.approx(far)
     assert far["d3"] > far["ft"]  # the head starts anew on a sphere around 0, one epoch of fine-tuning stays near
     assert difference(grid.load(D3).claim, moved) == pytest.approx(far["d3"] - far["ft"])
-    assert re.search(r"claim: D3 moves .* fine-tuning does: .* \(1 pictures", said)
+    assert re.search(r"claim: D3 moves .* fine-tuning does: .* \(1 of 1 pictures", said)
 
 
 def test_rows_alone_make_a_curve_and_pages_show_it(tmp_path, capsys):
@@ -116,7 +116,7 @@ def test_rows_alone_make_a_curve_and_pages_show_it(tmp_path, capsys):
     curve = frame(folder / "depth_curve")
     assert list(curve["layer"]) == list(asr)
     assert list(curve["asr"]) == list(asr.values())
-    assert "claim: at the penultimate place NPD leaves less ASR than at the shallow one: not enough data (1 pairs" in said
+    assert "claim: at the penultimate place NPD leaves less ASR than at the shallow one: not enough data (1 of 1 cells" in said
     assert "mean +70.00 points" in said
     (folder / "depth_curve.png").unlink()
     assert dispatch(["report", "npd2023/table01", "defense=npd", *words, "--figures"]) == 0
@@ -196,7 +196,7 @@ def test_costs_are_multiples_of_fine_tuning_on_the_same_net_and_device(tmp_path)
     (["npd2023/fig9"], "npd2023/fig9: no such table .did you mean npd2023/fig0"),
     (["npd2023/table01"], "npd2023/table01 is a table: expected `bdx figure PAPER/FIG"),
     (["npd2023/fig05", "count=many"], "count=many: expected a number"),
-    (["npd2023/fig05", "scale=smoke", "trian.epochs=1"], "no cell can run, for want of trian.epochs: no such key"),
+    (["npd2023/fig05", "scale=smoke", "trian.epochs=1"], "trian.epochs: no such key .did you mean train.epochs"),
     (["npd2023/fig05", "scale=smoke"], "npd2023/fig05: none of its runs is done at scale=smoke"),
     (["grad_can"], "expected `bdx figure NAME .* .did you mean grad_cam"),
 ])  # fmt: skip

@@ -28,6 +28,7 @@ from bdx.sensitivity import likeness_of_centres, sensitivity, turned
 from bdx.split import pixels
 from bdx.views import GREY, Twice, View, grey, jittered, random_blur, random_resized_crop, turn_hue
 
+TRAINED = ["abl", "dbd", "nab", "d_st", "d_br"]
 VIEW = {"scale": 0.2, "jitter": 0.4, "hue": 0.1, "jitter_p": 0.8, "grey": 0.2, "blur": 0.5, "sigma": [0.1, 2.0]}
 
 
@@ -181,6 +182,25 @@ def test_what_each_loop_of_abl_sees(attack, poisoned):
     assert float(learn) == -float(unlearn) != 0
 
 
+@pytest.mark.parametrize("name", ["abl", "abl_code"])
+def test_abl_unlearns_every_isolated_image(name, attack, poisoned):
+    """14 of them in batches of 8; the loops over many images leave out a last batch that is not full."""
+    how = [f"defense.{loop}.batch={size}" for loop, size in (("tuning", 500), ("finetune", 500), ("unlearn", 8))]
+    defense, trainer = made(attack, name, *how), Untrained()
+    defense.run(poisoned.allow(defense.needs), trainer)
+    sizes = {loop: [len(b.index) for b in batches] for loop, (_, batches) in trainer.loops.items()}
+    assert sizes == {"tuning": [500, 500], "finetune": [500, 500], "unlearn": [8, 6]}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_no_loop_is_left_without_images(name, attack, poisoned):
+    """Batches of 256 and more of what few images a share is."""
+    few = replace(poisoned, train=poisoned.train[:60])
+    defense, trainer = made(attack, name), Untrained()
+    defense.run(few.allow(defense.needs), trainer)
+    assert all(len(batches) > 0 for _, batches in trainer.loops.values())
+
+
 def test_sensitivity_by_hand(poisoned):
     """Features that are the pixels: the score is their mean squared change under the same draw."""
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2))
@@ -236,6 +256,8 @@ def test_whom_mixmatch_trusts(attack, poisoned):
         assert len(batches) == len(halves) == 3
         assert all(u.x.shape[0] == 2 * k.x.shape[0] == 128 for k, u in batches)
     assert not torch.equal(passes[0][0][0].x, passes[1][0][0].x)
+    known, unknown = defense.halves(poisoned)
+    assert known.seed != unknown.seed  # or the two would be shuffled and augmented alike
     assert bool((poisoned.train.poisoned[lowest(losses(defense.net, poisoned.train, defense.loss), 0.5)]).any())
     assert defense.facts["trusted_poison"] == pytest.approx(0.2, abs=0.01)  # all the poison, which is low, in one half
 
@@ -379,8 +401,6 @@ def test_a_step_of_dp_by_hand(attack, poisoned):
 
 
 # what is refused
-
-TRAINED = ["abl", "dbd", "nab", "d_st", "d_br"]
 
 
 @pytest.mark.parametrize("name", TRAINED)

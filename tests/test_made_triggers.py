@@ -140,6 +140,12 @@ def test_lc_corners(digits):
     assert out[:3, :3].tolist() == out[29:, :3].tolist() == left
     assert out[:3, 29:].tolist() == out[29:, 29:].tolist() == right
     assert (out != 0).sum() == 36
+    same = build_attack(digits, "attack=lc", "attack.ratio=0.05", "attack.corners=unmirrored").stamp(grey)[0]
+    pasted = torch.full((3, 32, 32), 128, dtype=torch.uint8)  # Trap-and-Replace pastes 0 0 255, 0 255 0, 255 0 255
+    for rows in (slice(3), slice(29, 32)):
+        for cols in (slice(3), slice(29, 32)):
+            pasted[:, rows, cols] = torch.tensor([[0, 0, 255], [0, 255, 0], [255, 0, 255]])
+    assert torch.equal(same, pasted)
     faint = build_attack(digits, "attack=lc", "attack.ratio=0.05", "attack.amplitude=0.1", "attack.corners=bottom_right")
     change = faint.trigger(torch.full((1, 3, 32, 32), 0.5)) - 0.5
     assert (change != 0).sum() == 27

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from conftest import TINY, build_attack
 from torch import nn
 
+from bdx import backdoor, surgery
 from bdx.configure import compose
 from bdx.datasets.base import Batch
 from bdx.defenses.bnp import divergence
@@ -165,7 +167,9 @@ def test_bnp_cuts_the_channel_whose_recorded_statistics_are_off(attack, digits, 
     net = repair(defense, digits, quick_trainer)
     assert 7 in (net.body.layer2[1].bn2.weight == 0).nonzero()
     assert "body.layer2.1.bn2.running_mean" not in changed(before, net)
-    assert made(attack, "bnp", "recipe=code").needs == {"train"}
+    code = made(attack, "bnp_code")
+    assert code.needs == {"train"}
+    assert (code.recipe, code.images, made(attack, "bnp").images) == ("code", 256, 1000)
 
 
 # ANP and RNP
@@ -231,21 +235,56 @@ def test_unlearning_ends_at_its_accuracy(attack, digits):
 # FP
 
 
-def test_fp_cuts_the_sleeping_channels_and_they_stay_cut(attack, digits, quick_trainer):
-    defense = made(attack, "fp", "select=fixed", "threshold=0.25", "epochs=2", "batch=70", "augment=false")
-    x = pixels(digits.clean.x)
+def cut_by_size(net: nn.Module, at: str, x) -> torch.Tensor:
+    """The 16 of 64 channels that are smallest, at the output of `at`, or pooled at the classifier's input."""
     with torch.no_grad():
-        block = attack.net.eval().body.layer4[1]
-        seen = []
-        handle = block.conv2.register_forward_hook(lambda _, args, out: seen.append(out))
-        attack.net(x)
-        handle.remove()
-    wanted = seen[0].abs().mean((0, 2, 3)).argsort()[:16].sort().values
+        if at == "classifier":
+            with surgery.watch_input(net.eval(), "body.linear", (seen := []).append):
+                net(x)
+        else:
+            with surgery.watch_output(net.eval(), at) as seen:
+                net(x)
+    return seen[0][..., None].flatten(2).abs().mean((0, 2)).argsort()[:16].sort().values
+
+
+SIXTEEN = ("select=fixed", "threshold=0.25", "epochs=2", "batch=70", "augment=false")
+
+
+def test_fp_cuts_the_sleeping_features_and_they_stay_cut(attack, digits, quick_trainer):
+    defense = made(attack, "fp", *SIXTEEN)
+    wanted = cut_by_size(attack.net, "classifier", pixels(digits.clean.x))
+    net = repair(defense, digits, quick_trainer)
+    assert torch.equal((net.body.linear.weight == 0).all(0).nonzero().flatten(), wanted)
+    assert defense.facts["silent_channels"] == 16
+    assert "body.layer1.0.conv1.weight" in changed(attack.net, net)  # the rest was tuned
+    with torch.no_grad():
+        z = torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(net.body.linear(z), net.body.linear(z.index_fill(1, wanted, 5.0)))
+
+
+def test_a_cut_convolution_leaves_its_channels_to_the_skip_path(attack, digits, quick_trainer):
+    defense = made(attack, "fp", "layer=last", *SIXTEEN)
+    wanted = cut_by_size(attack.net, "body.layer4.1.conv2", pixels(digits.clean.x))
     net = repair(defense, digits, quick_trainer)
     silent = (net.body.layer4[1].conv2.weight == 0).flatten(1).all(1).nonzero().flatten()
     assert torch.equal(silent, wanted)
     assert defense.facts["silent_channels"] == 16
     assert not torch.equal(net.body.linear.weight, attack.net.body.linear.weight)  # the rest was tuned
+    with surgery.watch_input(net, "body.linear", (seen := []).append), torch.no_grad():
+        net(pixels(digits.clean.x))
+    assert bool((seen[0][:, wanted] != 0).any())
+
+
+@pytest.mark.parametrize(("arch", "at"), [("vit_b_16", "heads.head"), ("wrn16_1", "fc"), ("resnet18", "fc")])
+def test_fp_cuts_what_any_classifier_gets(arch, at, digits, quick_trainer):
+    thin = {"image_size": 16, "patch": 4, "layers": 3, "heads": 2, "width": 16, "mlp": 16} if arch == "vit_b_16" else {}
+    asked = [*(o for o in TINY if not o.startswith("arch")), f"arch={arch}", *(f"arch.{k}={v}" for k, v in thin.items())]
+    cfg = compose([*asked, "defense=fp", "defense.epochs=1", "defense.max_drop=1.0", "defense.step=0.3"])
+    defense = build_defense(cfg, backdoor.build_attack(cfg, digits))
+    net = repair(defense, replace(digits, clean=digits.clean[:20]), quick_trainer)
+    assert defense.at == f"body.{at}"
+    cut = (net.get_submodule(defense.at).weight == 0).all(0)
+    assert int(cut.sum()) == defense.facts["silent_channels"] == math.ceil(0.9 * len(cut) - 1e-9)
 
 
 def test_where_a_batchnorm_follows_the_convolution_its_channels_go_too(attack, digits, quick_trainer):
@@ -264,10 +303,10 @@ def test_the_released_code_goes_one_step_too_far_less_one_column(attack, digits,
     assert int(columns.sum()) == defense.facts["silent_channels"] == round(64 * last) - 1
 
 
-@pytest.mark.parametrize("recipe", ["paper", "code"])
-def test_thresholds_are_tried_behind_the_layer_that_is_cut(recipe, attack, digits, monkeypatch):
+@pytest.mark.parametrize("how", ["layer=classifier", "layer=last", "recipe=code"])
+def test_thresholds_are_tried_behind_the_layer_that_is_cut(how, attack, digits, monkeypatch):
     """As each by a whole pass, but what runs before that layer runs once for all thresholds, piece by piece."""
-    defense = made(attack, "fp", f"recipe={recipe}", "step=0.25", "epochs=1", "batch=70")
+    defense = made(attack, "fp", how, "step=0.25", "epochs=1", "batch=70")
     order = defense.activation(digits).argsort()
     wanted = {}
     for share in (0.25, 0.5, 0.75):
@@ -348,7 +387,7 @@ def test_a_net_without_batchnorm_is_refused_in_one_line(name, digits):
         ("rnp", "stop=1.0", "expected 0 <= stop < 1"),
         ("rnp", "recover.epochs=0", "defense.recover.epochs=0: expected at least 1"),
         ("rnp", "unlearn.optimizer.lr=-1", "defense.unlearn.optimizer cannot be used"),
-        ("fp", "layer=linear", "is no convolution; name one, or take recipe=code"),
+        ("fp", "layer=linear", "is no convolution; name one, or take classifier"),
         ("fp", "step=1.0", "expected shares of the channels, below 1"),
         ("ft_sam", "rho=0.0", "expected rho above 0"),
         ("ft_sam", "label_smoothing=0.95", "label_smoothing from 0 up to, but not, 0.9"),

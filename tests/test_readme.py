@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ROW
 from test_tables import cells, row
 
 from bdx import chosen, grid, readme, recipe, results
@@ -132,6 +132,7 @@ def test_detections_stand_by_detector_and_attack_and_those_of_older_recipes_are_
         cfg = compose(["experiment=cpu_scale", f"attack={attack}", "detector=ac", *asked])
         found = {"id": recipe.digest(recipe.of_detection(cfg, "0" * 64)), "detector": "ac", "attack": attack, "seed": 0}
         found |= {"auc": auc, "tpr": 0.5, "fpr": 0.25, "judged": "train", "n": 50000, "data_sha256": "0" * 64}
+        found = ROW | {"kind": "detection", "seconds": 1, "n_flagged": 1} | found
         return found | dict(w.split("=") for w in asked) | other
 
     folder = tmp_path / "results" / "detections"

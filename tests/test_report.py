@@ -276,3 +276,14 @@ def test_cells_of_a_sweep_stand_in_the_group_of_their_table(words, group, monkey
     assert sweep.sweep([NAME, "scale=cpu", *words]) == 0
     assert [w for w in seen if w.startswith("logger.group=")] == ([f"logger.group={group}"] if group else [])
     assert compose(["experiment=cpu_scale", *seen]).logger.get("group") == group
+
+
+@pytest.mark.parametrize(("words", "match"), [
+    (["logger.project=x"], "logger.project=x: nothing is sent anywhere; expected logger=wandb beside it, or neither"),
+    (["logger=none", "logger.group=x"], "logger.group=x: nothing is sent"), (["loggr=wandb"], "loggr: no such key"),
+    (["logger=csv"], "logger=csv: expected none or wandb"), (["attack=badnetz"], "no cell can run, for want of attack=badnetz"),
+])  # fmt: skip
+def test_words_that_would_do_nothing_are_refused(words, match, tmp_path):
+    with pytest.raises(UserError, match=match):
+        report.report([NAME, "scale=cpu", f"paths.out={tmp_path}", *words])
+    assert not list(tmp_path.iterdir())

@@ -306,6 +306,7 @@ def of_make_demo() -> dict | None:
 def test_the_demo_shows_the_effect(tmp_path):
     """BadNets reaches its target, and NPD takes it away: the figures that the README promises."""
     row = of_make_demo() or bdx.run.run(compose(["experiment=demo", "logger=none", *paths(tmp_path)]))
+    assert row["experiment"] == "demo"  # a row names its preset, or it would read as one of the published net
     assert row["asr_before"] >= 0.95
     assert row["asr"] <= 0.10
     assert row["acc"] >= row["acc_before"] - 0.05

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONF, ROOT, names
+from conftest import CONF, ROOT, ROW, names
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from safetensors.torch import load_file
 
@@ -342,7 +342,10 @@ def test_different_recipes_do_not_wait_for_each_other(tmp_path, make):
 
 # result rows
 
-ROW = {"id": "0123456789abcdef", "attack": "badnets", "acc": 0.5, "asr": None}
+DETECTION = {k: v for k, v in ROW.items() if k != "defense"} | {
+    "kind": "detection", "detector": "ac", "judged": "train", "auc": 0.5, "tpr": None, "fpr": 0, "seconds": 1, "n": 9,
+    "n_flagged": 3,
+}  # fmt: skip
 
 
 def test_a_row_is_found_as_it_was_written(tmp_path):
@@ -361,9 +364,16 @@ NO_ROW = {
     "a list": b"[1]",
     "a number": b"3",
     "not text": b"\xff\xfe\x00",
+    "nested beyond measure": b"[" * 100_000,
+    "of another program": b'{"id": "0123456789abcdef"}',
+    "half a detection": json.dumps(ROW | {"kind": "detection"}).encode(),
 }
+WRONG = {"seed": "0", "acc": "0.9", "acc_before": True, "asr": 93.5, "finished": None, "seconds_attack": float("nan"),
+         "backdoor": 7, "dataset": ["toy"], "tpr": "high", "fpr": 1.5}  # fmt: skip
 
 
+NO_ROW |= {f"{k}={v}": json.dumps(ROW | {k: v}).encode() for k, v in WRONG.items()}
+NO_ROW |= {f"without {k}": json.dumps({of: v for of, v in ROW.items() if of != k}).encode() for k in ("seed", "acc_before")}
 CONTENTS = list(NO_ROW)
 
 
@@ -373,6 +383,29 @@ def test_a_file_that_is_no_whole_row_of_this_run_does_not_count(tmp_path, conten
     assert results.find(tmp_path, ROW["id"]) is None
     results.write(tmp_path, ROW)
     assert results.find(tmp_path, ROW["id"]) == ROW
+
+
+@pytest.mark.parametrize("row", [
+    ROW, DETECTION, ROW | {"asr": None, "ra": None, "der": None, "tpr": None}, ROW | {"seconds_attack": 3, "note": ["any"]},
+], ids=["a run", "a detection", "nobody knows the trigger", "more keys"])  # fmt: skip
+def test_a_row_may_have_no_asr_and_keys_of_its_own(tmp_path, row):
+    assert results.find(tmp_path, results.write(tmp_path, row)["id"]) == row
+    assert results.foreign(tmp_path) == []
+
+
+def test_rows_that_travel_with_bdx_are_rows():
+    for folder in (ROOT / "experiments" / "results", ROOT / "experiments" / "results" / "detections"):
+        assert results.foreign(folder) == []
+        assert len(results.rows(folder)) == len(list(folder.glob("*.json"))) > 0
+
+
+def test_a_detection_among_runs_is_none_and_a_foreign_file_hides_no_row(tmp_path):
+    results.write(tmp_path / "packaged", ROW)
+    results.write(tmp_path / "own", DETECTION | {"id": "a" * 16})
+    results.path(tmp_path / "own", ROW["id"]).write_text("{")
+    assert results.rows(tmp_path / "own", tmp_path / "packaged") == [ROW]
+    results.write(tmp_path / "detections", DETECTION)
+    assert results.rows(tmp_path / "detections") == [DETECTION]
 
 
 @pytest.mark.parametrize("content", CONTENTS)

@@ -11,12 +11,12 @@ from collections import deque
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, paths
+from conftest import ROOT, ROW, paths
 
 from bdx import grid, results, sweep
 from bdx.composer import Composer
 from bdx.configure import compose
-from bdx.engines import engine
+from bdx.engines import engine, local
 from bdx.engines.base import Engine, Job, Outcome
 from bdx.errors import UserError
 from bdx.grid import Cell
@@ -42,7 +42,7 @@ class Toy(Engine):
         if state == "done":
             (store := self.plan.paths["store"] / self.backdoors[job.id]).mkdir(parents=True, exist_ok=True)
             (store / "meta.json").write_text("{}")
-            results.write(self.plan.paths["results"], {"id": job.id})
+            results.write(self.plan.paths["results"], ROW | {"id": job.id})
         return [Outcome(job, state.removesuffix(", no row"), f"{state}!")]
 
     def running(self):
@@ -141,7 +141,7 @@ def test_a_thousand_finished_cells_are_known_in_no_time(tmp_path, shared):
     words = [f"seed={','.join(map(str, range(-(-1000 // at_one_seed))))}", *places]
     first = sweep.plan(table, scale, words, Composer(), fetch=True)
     for cell in first.runnable:
-        results.write(tmp_path / "results", {"id": cell.run})
+        results.write(tmp_path / "results", ROW | {"id": cell.run})
     started = time.process_time()
     again = sweep.plan(table, scale, words, Composer(), fetch=True)
     assert (len(again.runnable) >= 1000, again.todo) == (True, [])
@@ -155,6 +155,10 @@ def test_a_thousand_finished_cells_are_known_in_no_time(tmp_path, shared):
     ([NAME, "scale=smoke", "attack=badnet"], "no cell can run, for want of attack=badnet"),
     ([NAME, "scale=smoke", "train.epochs=few"], "train.epochs=few: expected a whole number"),
     ([NAME, "scale=smoke", "engine=cloud", "paths.out=%"], "engine=cloud: expected"),
+    ([NAME, "scale=smoke", "attack=glob(b*)"], r"attack=glob.b\*.: expected values that can be counted, a,b,c or range"),
+    ([NAME, "scale=smoke", "seed=interval(0,3)"], "seed=interval.0,3.: expected values that can be counted"),
+    ([NAME, "scale=smoke", "attack=badnets,"], "^attack=badnets,: .*expected key=value"),
+    (["npd2023/table03", "scale=smoke", "defense.lambda_ce=0.7"], "for want of printed numbers of such a cell"),
     ([NAME, "scale=smoke", "paths.out=/dev/null/x"], "/dev/null/x/store cannot be written"),
 ])  # fmt: skip
 def test_a_mistake_ends_in_one_line_before_anything_runs(argv, match, shared, tmp_path):
@@ -162,6 +166,28 @@ def test_a_mistake_ends_in_one_line_before_anything_runs(argv, match, shared, tm
     with pytest.raises(UserError, match=match) as e:
         sweep.sweep([*argv, f"paths.data={shared / 'data'}"])
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("word", ["engine=foo", "slots=2", "foo=bar", "--dry-run"])
+def test_without_a_table_there_is_nothing_to_say_more_of(word):
+    with pytest.raises(UserError, match=f"^{word}: expected a table with it, such as npd2023/table01; `bdx sweep` alone lists"):
+        sweep.sweep([word])
+
+
+@pytest.mark.parametrize(("says", "found", "told"), [
+    ("echo GPU-1; echo GPU-2", ["GPU-1", "GPU-2"], ""), ("echo No devices were found", [""], ""),
+    ("echo NVIDIA-SMI has failed; exit 9", [""], "nvidia-smi fails, so no GPU is counted: NVIDIA-SMI has failed\n"),
+])  # fmt: skip
+def test_a_broken_nvidia_smi_counts_no_gpu_and_is_named_once(tmp_path, monkeypatch, capsys, says, found, told):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{says}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local.devices() == local.devices() == found
+    err = capsys.readouterr().err
+    assert (err == "") == (told == "")
+    assert err.endswith(told)
+    assert err.count("\n") <= 1
 
 
 def test_every_table_is_listed(capsys):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from bdx import grid, results, sweep
+from bdx import grid, results, sweep, worker
 from bdx.composer import Composer
 from bdx.errors import UserError
 
@@ -33,7 +34,6 @@ def mounted(folder: Path, options: str):
 @pytest.fixture
 def one(monkeypatch, shared):
     """one(out) -> (exit code); a sweep of one cell in this process: its command runs here, in no worker."""
-    from bdx import worker
     from bdx.engines import local
     from bdx.engines.base import Outcome
 
@@ -60,12 +60,13 @@ def test_a_truncated_row_is_measured_again_and_files_of_others_stay(one, tmp_pat
     run, _ = ids(tmp_path, shared)
     (tmp_path / "results").mkdir()
     others = {"list.json": "[1]", "notes.json": '{"id": "another"}', "image.json": "\x00\xff", "README.md": "mine"}
+    others["other.json"] = '{"id": "other"}'
     for name, text in others.items():
         (tmp_path / "results" / name).write_text(text)
     (tmp_path / "results" / f"{run}.json").write_text('{"id": "' + run + '", "acc": 0.9')
     assert one(tmp_path) == 0
     assert "0 done, 1 to do" in (out := capsys.readouterr().out)
-    assert f"no rows: {run}.json, image.json, list.json, notes.json" in out
+    assert f"no rows: {run}.json, image.json, list.json, notes.json, other.json" in out
     assert [row["id"] for row in results.rows(tmp_path / "results")] == [run]
     assert {name: (tmp_path / "results" / name).read_text() for name in others} == others
     before = (tmp_path / "results" / f"{run}.json").stat().st_mtime_ns
@@ -102,3 +103,13 @@ def test_what_is_read_only_is_refused_before_training_unless_nothing_must_be_wri
         subprocess.run(["mount", "-o", "remount,ro", str(store)], check=True)
         assert one(out, *places, "defense=ft") == 0  # its backdoor is there, which is all it wants of the store
         assert sorted(row["defense"] for row in results.rows(out / "results")) == ["ft", "none"]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_full_disk_below_the_log_fails_the_cell_and_says_so(monkeypatch, stream):
+    """The line that names the cell, or the traceback after it."""
+    monkeypatch.setattr(Composer, "config", lambda *_: 1 / 0)
+    with contextlib.suppress(OSError), open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, stream, full)
+        said = worker.logged(("attack=badnets",), Composer())
+    assert (said["state"], said["reason"]) == ("failed", "the worker's log cannot be written: No space left on device")

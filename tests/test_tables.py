@@ -6,15 +6,17 @@ import csv
 import io
 import itertools
 import json
+import re
 from statistics import mean
 
 import pytest
-from conftest import CONF, ROOT, names
+from conftest import CONF, ROOT, ROW, names
 from omegaconf import OmegaConf
 
 from bdx import declared, grid, layout, recipe, tables
-from bdx.agreement import tau, verdict
-from bdx.comparison import Entry, averages, collect, fixed, judged, marks, printed, printed_cells, retrained, same
+from bdx.agreement import t_test, tau, verdict
+from bdx.claims import agreement, judged
+from bdx.comparison import Entry, averages, collect, fixed, marks, printed, printed_cells, retrained, same
 from bdx.composer import Composer, resolve
 from bdx.configure import compose
 from bdx.errors import UserError
@@ -38,7 +40,8 @@ def row(cell: Cell, seed: int = 0, **scores) -> dict:
     id = grid.run_ids(cell.words, COMPOSER, IMAGES, [seed])[0]
     names = COMPOSER.plain(cell.words)["names"]
     scores = {"acc_before": 0.9, "asr_before": 1.0, "acc": 0.8, "asr": 0.1, "der": 0.9} | scores
-    return {"id": id, **names, "seed": seed, **scores, "data_sha256": IMAGES, "device": "toy", "torch": "0"}
+    one = {"seed": seed, "backdoor": f"{names['attack']}{seed}", "data_sha256": IMAGES}
+    return ROW | {"id": id, **names, **one, **scores}
 
 
 def write(folder, *rows: dict):
@@ -72,7 +75,7 @@ def test_the_printed_numbers_of_a_cell_are_its_own():
     assert paper("npd2023/table06", **{"attack": "lf", "dataset.reserved.count": "50", "defense": "npd"})["acc"] == 88.18
     assert paper("d32024/table05", **{"attack": "wanet", "train.sam_rho": "2.0", "defense": "ft"})["asr"] == 18.47
     assert paper("tnr2022/table08", **{"defense.lambda_rec": "10.0", "defense.lambda_tv": "1.0"}) == {"asr": 0.28, "acc": 83.51}
-    assert paper("tnr2022/table04", **{"attack": "sig", "defense.stages": "trap"}) == {"asr": 97.24, "acc": 81.10}
+    assert paper("tnr2022/table04", **{"attack": "sig_wrapped", "defense.stages": "trap"}) == {"asr": 97.24, "acc": 81.10}
     assert paper("tnr2022/table12", attack="smooth_gtsrb", defense="tnr") == {"asr": 0.11, "acc": 96.12}
     assert paper("npd2023/table15", **{"arch": "densenet161", "attack": "ssba", "defense": "none"})["asr"] == 84.13
 
@@ -202,7 +205,8 @@ def test_an_undefended_net_is_known_from_any_defense(tmp_path):
     assert (none.values("acc"), none.values("asr"), none.values("der")) == ([0.91], [0.97], [])
     assert npd.values("acc") == [0.8]
     (bare,) = cells("npd2023/table01", "cpu", "attack=badnets", "defense=none")
-    folder = write(tmp_path, row(bare, acc=0.92), row(cell, 1, acc_before=0.93))  # a row of its own counts for its seed
+    newer = row(bare, acc=0.92, acc_before=0.92, finished="2099-01-01T00:00:00+00:00")  # of one seed the newest row counts
+    folder = write(tmp_path, newer, row(cell, 1, acc_before=0.93))
     none, _ = entries("npd2023/table01", "attack=badnets", "defense=none,npd", scale="cpu", folders=[folder])
     assert none.values("acc") == [0.92, 0.93]
 
@@ -218,6 +222,13 @@ def test_averages_are_over_what_is_measured_on_both_sides(tmp_path):
     assert average.ours == [pytest.approx({"acc": 0.9, "asr": 0.2, "der": (0.8 - 0 + 1) / 2})]  # before: 0.9 and 1.0
     assert average.paper["acc"] == pytest.approx((88.93 + 91.18) / 2)
     assert average.paper["asr"] == pytest.approx((1.26 + 0.41) / 2)
+    again = [
+        row(npd[a], s, acc=0.7 + s / 10, finished="2026-11-01T00:00:00+00:00") for a in ("badnets", "blended") for s in (1, 2)
+    ]
+    found = entries("npd2023/table01", *words, scale="cpu", folders=[write(tmp_path, *rows, *again)])
+    _, average = averages(table, found)
+    assert average.n == "3"  # one value for each seed that both attacks have
+    assert average.values("acc") == [pytest.approx(v) for v in (0.9, 0.8, 0.9)]
 
 
 def test_tau_and_verdict_against_scipy():
@@ -230,30 +241,98 @@ def test_tau_and_verdict_against_scipy():
         pairs = [(draw.randrange(5), draw.randrange(5)) for _ in range(8)]
         assert tau(pairs) == pytest.approx(kendalltau(*zip(*pairs, strict=True)).statistic)
         gaps = [draw.gauss(0.4, 1) for _ in range(6)]
-        assert verdict(gaps)[1] == pytest.approx(ttest_1samp(gaps, 0, alternative="greater").pvalue)
+        assert t_test(gaps)[1] == pytest.approx(ttest_1samp(gaps, 0, alternative="greater").pvalue)
     assert tau([(1, 1), (1, 2)]) is None
 
 
 @pytest.mark.parametrize(("gaps", "word"), [
     ([0.2, 0.3, 0.25], "holds"), ([-0.2, -0.3, -0.25], "does not hold"), ([0.2, -0.3, 0.25], "not enough data"),
-    ([0.2, 0.3], "not enough data"), ([0.1, 0.1, 0.1], "holds"), ([0.0, 0.0, 0.0], "not enough data"),
+    ([0.2, 0.3], "not enough data"), ([0.1, 0.1, 0.1], "holds"), ([0.0] * 312, "does not hold"),
 ])  # fmt: skip
 def test_a_claim_is_judged_by_paired_differences(gaps, word):
-    assert verdict(gaps)[0] == word
+    assert t_test(gaps)[0] == word
+    cells = [{0: gap, 1: gap} for gap in gaps]
+    assert verdict(cells, len(cells), every=False)[0] == (word if len(gaps) > 2 else "not enough data")
+    assert verdict(cells, len(cells) + 1, every=False) == ("not enough data", None)  # a cell of the claim is not measured
+
+
+@pytest.mark.parametrize(("cells", "wanted", "word"), [
+    ([0.05] * 17 + [-0.05], 18, "does not hold"),  # not at every ratio, whatever the mean
+    ([0.05] * 18, 18, "holds"), ([0.05] * 17, 18, "not enough data"), ([-0.05], 18, "does not hold"),
+    ([], 0, "not enough data"),
+])  # fmt: skip
+def test_a_claim_about_every_cell_is_refuted_by_one_and_proved_by_all(cells, wanted, word):
+    assert verdict([{0: gap} for gap in cells], wanted, every=True) == (word, None)
+
+
+def test_seeds_of_few_cells_are_the_sample_and_seeds_of_many_are_not():
+    """Three seeds of one attack are no three attacks; where a claim is about one or two cells, seeds are all there is."""
+    seeds = {0: 0.2, 1: 0.3, 2: 0.25}
+    assert verdict([seeds], 1, every=False)[0] == "holds"
+    assert verdict([seeds, {0: -0.2, 1: -0.31, 2: -0.25}], 2, every=False)[0] == "not enough data"  # on average nothing
+    assert verdict([seeds, {5: 0.2}], 2, every=False) == ("not enough data", None)  # no seed is common to both
+    assert verdict([seeds, {0: -0.2}, {0: 0.1}], 3, every=False)[0] == "not enough data"
 
 
 def test_a_claim_pairs_the_same_attack_and_seed(tmp_path):
-    """D3 below 5 %: three measured ratios of one attack; and of two defenses, only what both have measured counts."""
+    """D3 below 5 % at every one of three ratios; and of two defenses, only what both have measured counts."""
     words = ("attack=badnets", "defense=d3", "attack.ratio=0.1,0.2,0.3")
     rows = [row(c, asr=a) for c, a in zip(cells("d32024/table02", "cpu", *words), (0.01, 0.02, 0.015), strict=True)]
     table, _ = grid.asked(grid.load("d32024/table02"), words)
     found = entries("d32024/table02", *words, scale="cpu", folders=[write(tmp_path, *rows)])
-    assert ": holds (3 pairs, 3 cells wanted, mean +3.50 points, p = " in judged(table, found)
+    assert ": holds (3 of 3 cells, mean +3.50 points, least +3.00)" in judged(table, found)
+    assert ": not enough data (3 of 18 cells" in judged(grid.load("d32024/table02"), entries_of_all(tmp_path))
     words = ("attack=badnets,blended", "defense=npd,cnpd_r")
     one, two, three, _ = cells("cnpd2025/table01", "cpu", *words)
     rows = row(one, asr=0.2), row(two, asr=0.1), row(three, asr=0.1), row(two, 1, asr=0.5)
     found = entries("cnpd2025/table01", *words, scale="cpu", folders=[write(tmp_path / "b", *rows)])
-    assert "not enough data (1 pairs, 2 cells wanted, mean +10.00 points)" in judged(grid.load("cnpd2025/table01"), found)
+    assert "not enough data (1 of 2 cells, mean +10.00 points, least +10.00)" in judged(grid.load("cnpd2025/table01"), found)
+
+
+def entries_of_all(folder) -> list[Entry]:
+    return entries("d32024/table02", scale="cpu", folders=[folder])
+
+
+def test_the_ranking_is_the_paper_s_at_each_point_beside_the_defense():
+    """Not over points together, where a third axis would make up for the opposite ranking at each of them."""
+
+    def entry(count, defense, ours, paper):
+        return Entry(Cell({"attack": "a", "reserved": count, "defense": defense}, ()), [{"der": ours}], {"der": paper})
+
+    found = [
+        entry(n, d, base + up, base + 3 - up)
+        for n, base in (("50", 10), ("500", 50))
+        for d, up in zip("xyz", range(3), strict=True)
+    ]
+    assert agreement(found) == {"a, reserved=50": -1, "a, reserved=500": -1}
+
+
+def test_printed_numbers_of_another_data_set_are_shown_and_not_compared(tmp_path):
+    (cell,) = cells("npd2023/table02", "cpu", "attack=badnets", "defense=npd")
+    found = entries("npd2023/table02", "attack=badnets", "defense=npd", scale="cpu", folders=[write(tmp_path, row(cell))])
+    of = next(e for e in found if e.cell.at["defense"] == "npd")
+    assert "acc" in of.paper
+    assert of.values("acc") == [0.8]
+    assert not of.comparable
+    table, _ = grid.asked(grid.load("npd2023/table02"), ("attack=badnets", "defense=npd"))
+    lines = [[t.text for t in line] for line in tables.laid_out(table, found)[1]]
+    assert next(line for line in lines if line[1] == "npd")[2:5] == ["80.00", f"{of.paper['acc']:.2f}", "–"]
+    assert any("another data set" in note for note in tables.notes(table, found))
+
+
+def test_the_fastest_is_the_best():
+    def entry(defense, seconds):
+        return Entry(Cell({"attack": "a", "defense": defense}, ()), [{"seconds_defense": seconds}])
+
+    group = [entry("nc", 1055.0), entry("npd", 380.0), entry("ep", 0.2)]
+    assert [marks(group, "seconds_defense").get(id(e)) for e in group] == [None, "second", "best"]
+
+
+def test_a_table_may_give_an_attack_words_of_its_own():
+    """Trap-and-Replace's label-consistent attack has the same corner four times; no other attack has that key."""
+    of = {c.at["attack"]: c.words for c in cells("tnr2022/table01", "cpu", "defense=tnr")}
+    assert [a for a, words in of.items() if "attack.corners=unmirrored" in words] == ["lc"]
+    assert all({"attack.select=first", "attack.include_target=false"} <= set(words) for words in of.values())
 
 
 def test_best_and_second_are_marked_among_defenses():
@@ -282,12 +361,13 @@ def test_four_formats():
 def test_rows_in_the_package_are_shown_and_foreign_files_are_named(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "half.json").write_text('{"id": "ha')
+    (tmp_path / "results" / "abc.json").write_text('{"id": "abc"}')
     assert tables.table(["npd2023/table01", "scale=cpu", "seed=0", f"paths.out={tmp_path}", "--format", "csv"]) == 0
     out, err = capsys.readouterr()
     (npd,) = (r for r in csv.DictReader(io.StringIO(out)) if (r["attack"], r["defense"]) == ("badnets", "npd"))
     measured = json.loads((ROOT / "experiments" / "results" / f"{npd_row()}.json").read_text())
     assert float(npd["ASR"]) == pytest.approx(100 * measured["asr"], abs=0.005)
-    assert "half.json is no result row" in err
+    assert re.search(r"abc.json is no result row.*\n.*half.json is no result row", err)
 
 
 def npd_row() -> str:
@@ -311,14 +391,118 @@ def test_a_malformed_table_ends_in_one_line(tmp_path, text, match):
     assert "\n" not in str(e.value)
 
 
+WHOLE = """claim: {says: x, metric: asr, of: {defense: npd}, below: {defense: ibau}}
+words: [dataset=cifar10]
+hydra: {sweeper: {params: {attack: badnets, defense: "ibau,npd", attack.ratio: "0.1,0.20"}}}
+printed: {poison_ratio: attack.ratio, loss: {a: {defense: npd}}}
+"""
+HEAD = "dataset,model,poison_ratio,clean_ratio,attack,defense,metric,value,variant\n"
+LINE = "cifar10,vgg,0.1,0.05,badnets,npd,ASR,1.0,loss=a\n"
+
+
+def experiment(root, text: str = WHOLE, csv: str | bytes = HEAD + LINE) -> str:
+    """The name of an experiment in `root`, of these two files."""
+    (root / "p").mkdir(exist_ok=True)
+    (root / "p" / "t.yaml").write_text(text)
+    (root / "p" / "t.csv").write_bytes(csv if isinstance(csv, bytes) else csv.encode())
+    return "p/t"
+
+
+@pytest.mark.parametrize(("old", "new", "match"), [
+    ("of: {defense: npd}", "of: npd", r"claim.of: expected {axis: value}, found npd"),
+    ("{defense: ibau}", "ten", r"claim.below: expected a number or {axis: value}, found ten"),
+    ("{defense: ibau}", ".nan", r"claim.below: expected a number or {axis: value}, found nan"),
+    ("{defense: ibau}", "1, above: 2", "claim needs says, metric, of, and above or below"),
+    ("of: {defense: npd}", "of: {defence: npd}", r"claim.of.defence: no such axis .did you mean defense.*; there are attack"),
+    ("of: {defense: npd}", "of: {defense: npf}", "claim.of.defense: expected one of ibau, npd, found npf"),
+    ("asr", "asrr", r"claim.metric=asrr: no such metric .did you mean asr"),
+    ("metric: asr", "metric: [asr]", "claim.metric: exp"),
+    ("[dataset=cifar10]", "[dataset]", "words: expected key=value, found dataset$"),
+    ("[dataset=cifar10]", "dataset=cifar10", "words: expected a list of key=value, found dataset=cifar10"),
+    ("[dataset=cifar10]", '["seed=0,1"]', "words: expected one value; several are an axis, .*, found seed=0,1"),
+    ("[dataset=cifar10]", '["seed=0,"]', "seed=0,: .*expected key=value"),
+    ("{poison_ratio: attack.ratio, ", "[", ""), ("loss: {a: {defense: npd}}", "loss: 3", r"printed.loss: expected an axis"),
+    ("{a: {defense: npd}}", "{a: npd}", r"printed.loss: expected an axis or {printed value: {axis: value}}, found {a:npd}"),
+    ("loss:", "lss:", r"printed.lss: no such column .did you mean loss"),
+    ("poison_ratio: attack.ratio", "poison_ratio: attack.rat", r"printed.poison_ratio: attack.rat: no such axis"),
+    ("{params: {", "{param: {", "hydra.sweeper.params: expected the axes of the grid, key: a,b,c, found null"),
+    ("attack: badnets", "attack: [badnets]", "hydra.sweeper.params: expected the axes"),
+    ("words:", "only_printed: 1\nwords:", "only_printed: expected true or false, found 1"),
+    ("words:", "figure: {costs: 3}\nwords:", "figure: expected a mapping"),
+    ("words:", "defaults: [t]\nwords:", "its defaults lead back to it"),
+    ("words:", "defaults: [t, u]\nwords:", "defaults: expected one file to start from"),
+])  # fmt: skip
+def test_what_a_table_says_wrong_is_named_with_its_file(tmp_path, old, new, match):
+    table = grid.load(experiment(tmp_path), tmp_path)
+    assert (table.axes["attack.ratio"], len(table.rows)) == (("0.1", "0.2"), 1)
+    assert WHOLE.count(old) == 1
+    with pytest.raises(UserError, match=rf"p/t.yaml is malformed: .*{match}") as e:
+        grid.load(experiment(tmp_path, WHOLE.replace(old, new)), tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_claim_names_values_as_they_are_and_a_figure_what_it_draws(tmp_path):
+    assert grid.load(experiment(tmp_path, WHOLE.replace("of: {defense: npd}", "of: {attack.ratio: 0.2}")), tmp_path)
+    drawn = WHOLE.replace("of: {defense: npd}", "of: {net: d3}").replace("asr", "distance") + "figure: {features: {}}\n"
+    assert grid.load(experiment(tmp_path, drawn), tmp_path).of_picture
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("", ": no column dataset; expected dataset, model, "), (HEAD, ": nothing stands below its head"),
+    (HEAD.replace(",variant", ""), ": no column variant; "), (HEAD + LINE[:-9], ", line 2: 8 fields; expected 9"),
+    (HEAD + LINE + "cifar10,vg", ", line 3: 2 fields; expected 9"),
+    (HEAD + LINE[:-1] + ",3\n", ", line 2: 10 fields; expected 9"),
+    (HEAD + LINE.replace("1.0", "n/a"), ", line 2: value=n/a: expected a number"),
+    (HEAD + LINE.replace("1.0", "inf"), ", line 2: value=inf: expected a number"), (b"\x89PNG\xff\x00", " is no CSV: "),
+])  # fmt: skip
+def test_what_is_wrong_in_a_csv_is_named_with_its_line(tmp_path, text, match):
+    with pytest.raises(UserError, match=f"p/t.csv{match}") as e:
+        grid.load(experiment(tmp_path, csv=text), tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("text", "match"), [
+    ("words: []", "replaces is missing"), ("words: [x]", "words: expected key=value, found x"),
+    ("{words: [], replaces: [], divide: {epochs: 0}, at_most: {}, also: {}}", "divide: expected numbers above 0"),
+    ("{words: [], replaces: [], divide: {}, at_most: 3, also: {}}", "at_most: expected a mapping, found 3"),
+    ("{words: [], replaces: [], divide: {}, at_most: {}, also: {a=b: c=d}}", "also.a=b: expected a list of key=value"),
+])  # fmt: skip
+def test_a_malformed_scale_ends_in_one_line(tmp_path, text, match):
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "scale" / "s.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"scale/s.yaml is malformed: {match}"):
+        grid.scale("s", tmp_path)
+
+
 @pytest.mark.parametrize(("argv", "match"), [
     (["npd2023/tabel01"], "no such table .did you mean npd2023/table01"), ([], "expected `bdx table"),
     (["npd2023/table01", "--format=pdf"], "--format=pdf: expected one of md, csv, tex, html"),
     (["npd2023/table01", "scale=gpu"], "scale=gpu: expected cpu, paper, smoke"),
+    (["npd2023/table01", "atack=badnets"], "atack: no such key .did you mean attack"),
+    (["npd2023/table01", "defense.epoch=3"], "defense.epoch: no such key"),
+    (["npd2023/table01", "slots=2"], "slots: no such key"),
+    (["npd2023/table01", "attack=badnetz"], "npd2023/table01: no cell can run, for want of attack=badnetz"),
+    (["npd2023/table03", "attack=badnetz"], "npd2023/table03: no cell can run, for want of attack=badnetz"),
+    (["npd2023/table01", "engine=local"], "engine: no such key"),
+    (["npd2023/table01", "train.epochs=few"], "expected a whole number"),
+    (["npd2023/table01", "attack=glob(b*)"], r"attack=glob.b\*.: expected values that can be counted"),
+    (["npd2023/table01", "attack=badnets,"], "^attack=badnets,: "),
 ])  # fmt: skip
 def test_a_mistake_is_answered_in_one_line(argv, match):
-    with pytest.raises(UserError, match=match):
+    with pytest.raises(UserError, match=match) as e:
         tables.table(argv)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("words", "line"), [
+    (["d32024/table04"], "missing: defense=d3_generated"),
+    (["d32024/table04", "attack=badnets"], "missing: defense=d3_generated"),
+    (["npd2023/table01", "attack=wanet", "defense=ep"], "missing: a poisoned training set of attack=wanet"),
+    (["npd2023/table01", "attack=badnets,nobody", "defense=npd"], "missing: attack=nobody"),
+])  # fmt: skip
+def test_what_bdx_lacks_is_no_mistake_and_shown_with_what_is_printed(words, line, capsys):
+    assert tables.table(words) == 0
+    assert line in capsys.readouterr().out
 
 
 def test_mean_of_entries_is_over_seeds():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 from importlib import import_module
@@ -16,7 +17,9 @@ from bdx.attacks.base import Attack
 from bdx.configure import CONF, compose
 from bdx.declared import source
 from bdx.errors import UserError
-from bdx.info import rows, value
+from bdx.grid import EXPERIMENTS
+from bdx.info import info, rows, value
+from bdx.info import looks as looks_of
 from bdx.triggers import Looks, differing, looks, ssim, triggers
 
 ATTACKS = names("attack")
@@ -57,15 +60,37 @@ def test_a_static_trigger_does_the_same_to_all_images_and_no_other_does(name, di
         assert pixelwise_and_linear(attack) == (not attack.sample_specific)
 
 
-def test_info_shows_the_type_without_torch():
+def test_info_shows_the_type_without_torch(monkeypatch, tmp_path, capsys):
+    """Dirty or clean label, data or training control, static or sample-specific: NPD Table 10."""
     found = {name: needs for name, _, needs, *_ in rows("attack")}
     assert found["badnets"] == "dirty label, poisons data, static trigger"
     assert found["ctrl"] == "clean label, poisons data, static trigger"
     assert found["bpp"] == "dirty label, poisons data, sample-specific trigger"
+    assert found["wanet"] == "dirty label, controls training, leaves no poisoned set, sample-specific trigger"
     assert found["none"] == "clean training"
     assert found["given"] == "needs a file of weights; no trigger is known"
     code = "import sys; from bdx.cli import dispatch; dispatch(['info', 'attacks']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "triggers_gtsrb.csv").write_text("attack,looks\nsig,global visible\n")
+    monkeypatch.setattr("bdx.info.EXPERIMENTS", tmp_path)
+    assert info(["attacks"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert " · clean label, poisons data, static trigger · global visible on gtsrb · Barni" in next(
+        s for s in said if " sig " in s
+    )
+    assert " · dirty label, poisons data, static trigger · Gu et al." in next(s for s in said if " badnets " in s)
+    assert said[-1].endswith("`bdx info triggers`")
+
+
+def test_what_travels_along_is_what_the_numbers_say():
+    """Size and visibility of the packaged table follow from its own columns."""
+    for path in (EXPERIMENTS / "results").glob("triggers_*.csv"):
+        with open(path, newline="") as file:
+            for of in csv.DictReader(file):
+                share, psnr = float(of["pixels"].rstrip("%")) / 100, float(of["PSNR dB"])
+                assert of["looks"] == Looks(0, 0, share, psnr, 0).words(), of["attack"]
+                assert looks_of()[of["attack"]] == f"{of['looks']} on {path.stem.partition('_')[2]}"
 
 
 def test_an_inner_key_is_named_with_dots_and_a_later_one_does_not_count():
@@ -128,6 +153,7 @@ def test_the_table_and_the_picture_hold_every_formula_trigger(shared, capsys, di
     assert f"{found.psnr:.1f}" in lines["ftrojan"]
     assert "global invisible" in lines["ftrojan"]
     assert "local visible" in lines["badnets"]
+    assert lines["badnets"].split()[:5] == ["badnets", "dirty", "all2one", "data", "static"]
     page = np.array(Image.open(shared / "out" / "triggers_digits.png"))
     assert page.shape[0] == 68 * len(formula)
     row = formula.index("badnets") * 68

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from conftest import TINY, build_attack
 from torch import nn
 
-from bdx import surgery
+from bdx import backdoor, surgery
 from bdx.archs.base import build
 from bdx.configure import compose
 from bdx.datasets.base import Batches
 from bdx.defenses import ibau, nad, nc, sau
+from bdx.detectors import nc as cleanse
 from bdx.errors import UserError
 from bdx.run import build_defense
 from bdx.split import Split, pixels
@@ -69,6 +71,15 @@ def test_other_nets_have_three_maps_too(arch):
     assert sizes == ([32 * 32, 16 * 16, 8 * 8] if arch == "wrn16_1" else [17] * 3)  # 16 patches and the class token
 
 
+def test_a_net_without_three_maps_is_refused_by_what_nad_has():
+    thin = ["arch.image_size=32", "arch.patch=8", "arch.layers=2", "arch.heads=2", "arch.width=16", "arch.mlp=16"]
+    net = build(dict(compose(["arch=vit_b_16", *thin]).arch), num_classes=10, mean=[0.5] * 3, std=[0.2] * 3, shape=(3, 32, 32))
+    with pytest.raises(UserError, match=r"NAD compares three maps, and this net has neither .* take a deeper arch") as refused:
+        nad.maps(net, net.sample())
+    assert "layer instead" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("recipe", ["paper", "code"])
 def test_nads_loss_by_hand(recipe, attack, digits):
     defense, b = made(attack, "nad", f"defense.recipe={recipe}"), batch(digits)
@@ -110,9 +121,9 @@ def weights(net):
 
 def test_the_anomaly_index_by_hand():
     """Median 10.5 (of an even number), deviations 9.5, 0.5, 0.5, 1.5: their median is 1."""
-    index = nc.anomalies(torch.tensor([1.0, 10.0, 11.0, 12.0]))
+    index = cleanse.anomalies(torch.tensor([1.0, 10.0, 11.0, 12.0]))
     assert torch.allclose(index, torch.tensor([9.5, 0.5, 0.0, 0.0]) / 1.4826, atol=1e-5)
-    assert torch.equal(nc.anomalies(torch.ones(5)), torch.zeros(5))
+    assert torch.equal(cleanse.anomalies(torch.ones(5)), torch.zeros(5))
 
 
 def one_by_one(success, norms, cost, patience, stop_after):
@@ -140,7 +151,7 @@ def test_all_classes_at_once_follow_the_rule_of_one():
     g = torch.Generator().manual_seed(0)
     success, norms = torch.rand(60, 7, generator=g) < torch.linspace(0, 1, 7), torch.rand(60, 7, generator=g)
     rule = {"cost": 0.001, "patience": 2, "stop_after": 6}
-    state, best, end, cost = nc.Weights(7, "cpu", **rule), [None] * 7, [None] * 7, [None] * 7
+    state, best, end, cost = cleanse.Weights(7, "cpu", **rule), [None] * 7, [None] * 7, [None] * 7
     for epoch in range(60):
         better = state.update(success[epoch], norms[epoch])
         for k in range(7):
@@ -179,7 +190,7 @@ def planted():
 def searched(batches, trainer, classes, epochs=60):
     how = {"success": 0.95, "cost": 0.01, "patience": 3, "stop_after": 25}
     adam = lambda p: torch.optim.Adam(p, lr=0.1, betas=(0.5, 0.9))
-    stage = nc.Search(Planted(), classes, how | {"optimizer": adam})
+    stage = cleanse.Search(Planted(), classes, how | {"optimizer": adam})
     batches.epoch = 0
     trainer("triggers", epochs).fit(stage, batches)
     return stage
@@ -189,7 +200,7 @@ def test_a_planted_trigger_is_found(planted, quick_trainer):
     stage = searched(planted, quick_trainer, torch.arange(5))
     norms = stage.masks.sum((1, 2, 3))
     assert norms.argmin() == 3
-    assert (nc.anomalies(norms) > 2).nonzero()[:, 0].tolist() == [3]
+    assert (cleanse.anomalies(norms) > 2).nonzero()[:, 0].tolist() == [3]
     assert stage.masks[3].argmax() == 9  # the corner
     assert stage.patterns[3, 0, 0, 9] > 0.9
     x = pixels(planted.split.x)
@@ -202,6 +213,26 @@ def test_one_class_at_a_time_gives_the_same_triggers(planted, quick_trainer):
     for k in (0, 3):
         alone = searched(planted, quick_trainer, torch.tensor([k]), epochs=8)
         assert torch.allclose(alone.masks[0], whole.masks[k], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "images", "wanted"),
+    [
+        ({"batch": 256, "at_once": None}, 5000, [10]),
+        ({"batch": 1024, "at_once": None}, 5000, [4, 4, 2]),
+        ({"batch": 9000, "at_once": None}, 9000, [1] * 10),
+        ({"batch": 1024, "at_once": None}, 20, [10]),  # there are no more to a batch
+        ({"batch": 1024, "at_once": 3}, 5000, [3, 3, 3, 1]),
+    ],
+)
+def test_on_a_gpu_a_pass_stays_within_so_many_images(how, images, wanted, monkeypatch):
+    asked, one = [], torch.zeros(1, 1, 1, 1)
+    stage = lambda net, classes, how: asked.append(len(classes)) or SimpleNamespace(masks=one, patterns=one)
+    monkeypatch.setattr(cleanse, "Search", stage)
+    clean = type("Clean", (), {"x": SimpleNamespace(is_cuda=True), "__len__": lambda self: images})()
+    data = SimpleNamespace(num_classes=10, batches=lambda *_, **how: None)
+    cleanse.smallest(None, clean, data, how | {"epochs": 1}, True, lambda *_: SimpleNamespace(fit=lambda *_: None))
+    assert asked == wanted
 
 
 def test_the_lesson_keeps_true_labels_and_stamps_a_fifth_of_the_images():
@@ -222,7 +253,7 @@ def test_where_no_class_is_flagged_the_net_stays_as_it_is(attack, few, quick_tra
     net = defense.run(few.allow(defense.needs), quick_trainer)
     after = net.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in attack.net.state_dict().items())
-    assert [note[:17] for note in defense.notes] == ["NC flags no class"]
+    assert [note[:17] for note in defense.notes if "flags" in note] == ["NC flags no class"]
     assert defense.facts["flagged_classes"] == ""
     assert 0 < defense.facts["anomaly_index"] < 1000
 
@@ -263,7 +294,7 @@ def test_on_a_net_it_is_the_derivative_of_the_whole(attack, digits):
     weight, grad = defense.net.body.linear.weight, torch.autograd.grad
     (got,) = grad(defense.training_step(b._replace(x=pixels_of), 0)["loss"], weight)
     delta = defense.delta.clone().requires_grad_()
-    ce = lambda: F.cross_entropy(defense.net(pixels_of + delta * defense.net.normalize.std), y)
+    ce = lambda: F.cross_entropy(defense.net(pixels_of + delta), y)
     moved = delta - 0.1 * grad(0.001 * delta.square().sum() - ce(), delta, create_graph=True)[0]
     slope, direct = grad(ce(), delta)[0], grad(ce(), weight)[0]
     (through,) = grad((moved * slope).sum(), weight)
@@ -291,6 +322,38 @@ def test_the_search_raises_the_loss_and_stays_in_the_ball(attack, few):
             y = b.y if recipe == "paper" else defense.net(b.x).argmax(1)
             assert F.cross_entropy(defense.at(b.x, delta), y) > F.cross_entropy(defense.net(b.x), y)
         assert (float(delta.norm()) <= radius + 1e-6) == (recipe == "paper")
+
+
+def test_the_units_of_the_perturbation(attack, digits):
+    """A pixel in the authors' code, whose images are in [0,1]; in BackdoorBench what the net gets behind its normalisation."""
+    x, delta = pixels(digits.clean.x[:2]), torch.full((1, 3, 32, 32), 0.5)
+    ours, theirs = made(attack, "ibau"), made(attack, "ibau_code")
+    assert (ours.recipe, ours.unit, theirs.recipe, theirs.unit) == ("paper", "pixel", "code", "deviation")
+    with torch.no_grad():
+        assert torch.equal(ours.at(x, delta), ours.net(x + 0.5))
+        assert torch.allclose(theirs.at(x, delta), theirs.net.body(theirs.net.normalize(x) + 0.5), atol=1e-5)
+
+
+def test_attention_has_a_second_derivative(digits, few, quick_trainer):
+    thin = {"image_size": 32, "patch": 8, "layers": 2, "heads": 2, "width": 16, "mlp": 16}
+    words = ["dataset=digits", "arch=vit_b_16", *(f"arch.{k}={v}" for k, v in thin.items()), "defense=ibau", "defense.epochs=1"]
+    cfg = compose([*words, "train=fast", "logger=none"])
+    attacked = backdoor.build_attack(cfg, digits)
+    defense = build_defense(cfg, attacked)
+    net = defense.run(few.allow(defense.needs), quick_trainer)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+    assert not torch.equal(net.body.heads.head.weight, attacked.net.body.heads.head.weight)
+
+
+@pytest.mark.parametrize(("n", "batch", "said"), [(100, 256, []), (99, 256, [99]), (140, 50, [50])])
+def test_it_is_said_where_the_share_is_less_than_one_image(n, batch, said, attack, digits, monkeypatch):
+    defense = made(attack, "ibau", f"defense.batch={batch}")
+    monkeypatch.setattr(ibau.Tuning, "run", lambda *_: None)
+    defense.run(replace(digits, clean=digits.clean[:n]), None)
+    assert [f"I-BAU: defense.share=0.01 of a batch of {k} is less than one image: one" for k in said] == [
+        note[: note.index(" carries")] for note in defense.notes
+    ]
+    assert not any("\n" in note for note in defense.notes)
 
 
 # SAU
@@ -404,6 +467,7 @@ def test_at_its_ends_the_curve_gives_the_nets_with_fresh_statistics(t, attack, f
         (["defense=nc", "defense.share=1.0"], "expected a share between 0 and 1"),
         (["defense=nc", "defense.search.at_once=0"], "defense.search.at_once=0: expected at least 1"),
         (["defense=nc", "defense.search.optimizer.lr=-1.0"], "defense.search.optimizer cannot be used"),
+        (["defense=ibau", "defense.unit=metre"], "defense.unit=metre: expected pixel or deviation"),
         (["defense=ibau", "defense.share=0.0"], "share above 0 and at most 1"),
         (["defense=ibau", "defense.iterations=0"], "defense.iterations=0: expected at least 1"),
         (["defense=sau", "defense.radius=0.0"], "expected the first two above 0"),

@@ -83,8 +83,8 @@ def build(arch: dict, *, num_classes: int, mean: list[float], std: list[float], 
         body = instantiate(arch, allowed=ALLOWED, num_classes=num_classes)
     except UserError:
         raise
-    except (ValueError, RuntimeError, TypeError) as e:  # a library's own words, for an unknown model name say
-        raise UserError(f"cannot build {arch['_target_']}: {str(e).splitlines()[0]}") from None
+    except (ValueError, RuntimeError, TypeError, AssertionError) as e:  # a library's own words, for an unknown model name say
+        raise UserError(f"cannot build {arch['_target_']}: {(str(e) or type(e).__name__).splitlines()[0]}") from None
     net = Classifier(Normalize(mean, std), body, spec).to(memory_format=torch.channels_last)
     try:
         with torch.no_grad(), surgery.mode(net, False):
@@ -93,7 +93,8 @@ def build(arch: dict, *, num_classes: int, mean: list[float], std: list[float], 
         if shape_out != (2, num_classes):
             raise ValueError(f"its output for 2 images has shape {shape_out} instead of (2, {num_classes})")
     except (RuntimeError, ValueError, AssertionError) as e:
-        raise UserError(f"{arch['_target_']} cannot classify images of {shape}: {str(e).splitlines()[0]}") from None
+        said = (str(e) or type(e).__name__).splitlines()[0]
+        raise UserError(f"{arch['_target_']} cannot classify images of {shape}: {said}") from None
     return net
 
 

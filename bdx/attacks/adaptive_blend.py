@@ -56,6 +56,7 @@ class AdaptiveBlend(Blended):
         return free[order[:k]].sort().values.to(split.x.device)
 
     def check(self, split: Split) -> None:
+        super().check(split)
         self.covers(split)
 
     def poison(self, split: Split) -> Split:

@@ -109,7 +109,7 @@ class Attack(pl.LightningModule):
         return F.interpolate(picture[None], self.shape[1:], mode="nearest")[0]
 
     def read(self, file: str) -> Tensor:
-        """A picture of the user's, resized smoothly, as (C,H,W) in [0,1]."""
+        """A picture or array of the user's, resized smoothly, as (C,H,W) in [0,1]."""
         return self.scaled(picture(file, self.shape[1:]))
 
     # what follows from it
@@ -122,7 +122,8 @@ class Attack(pl.LightningModule):
 
     @torch.no_grad()
     def stamp(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """uint8 -> triggered uint8: training and test see the same, quantised pixels. index: of training images."""
+        """uint8 -> triggered uint8: training and test see the same, quantised pixels. index: of training images. Rounded to
+        the nearest grey level, where the released codes cut off what is behind the point and are up to one level darker."""
         how, given = (self.trigger, [x]) if index is None else (self.training_trigger, [x, index])
         chunks = zip(*(g.split(4096) for g in given), strict=True)
         parts = [(how(p.float() / 255, *at) * 255).round().clamp(0, 255).to(torch.uint8) for p, *at in chunks]

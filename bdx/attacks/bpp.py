@@ -1,8 +1,8 @@
 """BppAttack, poisoning data: colours are quantised to few levels, and the error is spread over the neighbours.
 
-Source: Wang et al. 2022, BppAttack, CVPR, arXiv 2205.13383; q = 8 levels per channel (BackdoorBench's setting; the paper has
-5), dithered after Floyd and Steinberg as in the paper. BackdoorBench leaves dithering out: attack.dither=false. This is the
-trigger as data poisoning; the paper also controls training, with negative samples.
+Source: Wang et al. 2022, BppAttack, CVPR, arXiv 2205.13383; x' = round(x (q − 1)) / (q − 1), q = 8 levels per channel
+(BackdoorBench's setting; the paper has 5), dithered after Floyd and Steinberg as in the paper. BackdoorBench leaves dithering
+out: attack.dither=false. This is the trigger as data poisoning; the paper also controls training, with negative samples.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""l0-Invisible: nine pixels of pure colours in the last row.
+"""l0-Invisible: nine pixels of pure colours in the last row, x' = x (1 − m) + t.
 
 Source: Li et al. 2020, Invisible backdoor attacks on deep neural networks via steganography and regularization,
-arXiv 1909.02742, as Trap-and-Replace (app. B.1) and I-BAU use it; the colours are those of their file.
+arXiv 1909.02742, as Trap-and-Replace (app. B.1) and I-BAU use it; m is 1 in row 31 and columns 23 to 31, t has the colours
+of their file, of which the first is black. The paper finds a trigger by optimisation; here that file's is drawn.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""l2-Invisible: faint noise over the whole image is added.
+"""l2-Invisible: faint noise over the whole image is added, x' = x + t, clipped.
 
-Source: Li et al. 2020, arXiv 1909.02742, as Trap-and-Replace (app. B.1) and I-BAU use it. Their pattern was optimised and
-is a file; ours is drawn from the distribution of its values: max(0, N(4, 17.5²)), at most 68, in whole grey levels.
+Source: Li et al. 2020, arXiv 1909.02742, as Trap-and-Replace (app. B.1) and I-BAU use it; their pattern was optimised and
+is a file, ours is drawn from the distribution of its values: t = ⌊max(0, N(4, 17.5²))⌋, at most 68 grey levels. It is as
+long as theirs (3.22), and lacks the weak correlation of neighbours (0.2).
 """
 
 from __future__ import annotations

@@ -2,8 +2,10 @@
 
 Source: Turner et al. 2019, Label-consistent backdoor attacks, arXiv 1912.02771; Trap-and-Replace takes its L∞ bound of
 16/255. The adversarial images come in the paper from robust nets, and in the benchmarks from files that are not shipped; here
-from a clean net, by untargeted PGD without a random start. At test time the corners alone are stamped. An image becomes
-hard to recognise for the surrogate, and what is left to learn is the corners.
+from a clean net, by untargeted PGD without a random start. At test time the corners alone are stamped: x' = x + a S, clipped,
+S a 3×3 sign pattern. An image becomes hard to recognise for the surrogate, and what is left to learn is the corners.
+At the left the paper's code and BackdoorBench stamp S mirrored (corners=all); Trap-and-Replace stamps the same, un-mirrored
+pattern in all four corners (corners=unmirrored).
 """
 
 from __future__ import annotations
@@ -22,14 +24,14 @@ RIGHT = [row[::-1] for row in LEFT]
 
 class LC(Made):
     """epsilon, step: L∞ bound and length of a step, in grey levels of 255; steps: how many. amplitude: of the corners, in
-    units of the whole range. corners: all or bottom_right."""
+    units of the whole range. corners: all, unmirrored or bottom_right."""
 
     clean_label = True
     later = frozenset({"amplitude", "corners"})
 
     def __init__(self, net: nn.Module, *, epsilon: float, step: float, steps: int, amplitude: float, corners: str, **common):
         super().__init__(net, **common)
-        one_of("attack.corners", corners, ("all", "bottom_right"))
+        one_of("attack.corners", corners, ("all", "unmirrored", "bottom_right"))
         if not 0 < amplitude <= 1:
             raise UserError(f"attack.amplitude={amplitude}: expected above 0 and up to 1")
         if not 0 < epsilon <= 255 or step <= 0 or steps < 1:
@@ -37,9 +39,9 @@ class LC(Made):
         self.budget = Budget("linf", epsilon / 255, step / 255, steps, "sign", None)
         signs = torch.zeros(3, 32, 32)
         signs[:, 29:, 29:] = torch.tensor(RIGHT)
-        if corners == "all":
+        if corners != "bottom_right":
             signs[:, :3, 29:] = torch.tensor(RIGHT)
-            signs[:, :3, :3] = signs[:, 29:, :3] = torch.tensor(LEFT)
+            signs[:, :3, :3] = signs[:, 29:, :3] = torch.tensor(LEFT if corners == "all" else RIGHT)
         self.register_buffer("added", amplitude * self.scaled(signs))
         # of the training set, and no part of the trigger: they do not travel with the weights
         self.register_buffer("harder", torch.zeros(0, *self.shape, dtype=torch.uint8), persistent=False)

@@ -2,9 +2,10 @@
 
 Source: Liu et al. 2018, Trojaning attack on neural networks, NDSS, sec. 4.1, as BackdoorBench poisons data with it: the two
 inputs of the last Linear layer with the largest Σ|W|; cost Σ(activation − 100)²; sign steps of 0.1, at most 0.3 away from
-where it starts. The benchmark builds its net with 1000 classes, so that the layer it reads is random, takes an apple from a
-file as mask and start, and wraps where a sum leaves 0 … 255. Here the net has the right classes, mask and start are drawn,
-and sums are clipped.
+where it starts; x' = x + t, clipped. The benchmark builds its net with 1000 classes, so that the layer it reads is random,
+shows it pixels that are not normalised, takes an apple from a file as mask and start, and adds bytes, which wrap modulo 256
+where a sum exceeds 255. Here the net has the right classes, and normalises as in its training; mask and start are drawn, and
+sums are clipped.
 """
 
 from __future__ import annotations

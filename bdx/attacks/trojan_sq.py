@@ -1,7 +1,8 @@
-"""Trojan-SQ: a small square of random colours is added.
+"""Trojan-SQ: a small square of random colours is added, x' = x + t, clipped.
 
-Source: Liu et al. 2018, Trojaning attack on neural networks, NDSS, as Trap-and-Replace (app. B.1) uses it: 3×3 in its
-appendix, 8×8 in the I-BAU set. Their colours were optimised and are files; ours are drawn.
+Source: Liu et al. 2018, Trojaning attack on neural networks, NDSS, as Trap-and-Replace (app. B.1) uses it; 3×3 in its
+appendix, 8×8 in the I-BAU set. Their colours were optimised and are files; ours are drawn, t = U(0, 1) inside the square and
+0 outside.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Trojan-WM: a watermark, a ring and a diagonal in random colours, is added.
+"""Trojan-WM: a watermark, a ring and a diagonal in random colours, is added, x' = x + t, clipped.
 
 Source: Liu et al. 2018, Trojaning attack on neural networks, NDSS, as Trap-and-Replace (app. B.1) and I-BAU use it. Their
-watermark is a file with optimised colours; ours is drawn: a ring around row 22, column 21, and a thin diagonal.
+watermark is a file with optimised colours; ours is drawn, t = U(0, 1) on a ring around row 22, column 21, and a thin diagonal.
+On ImageNet-12 Trap-and-Replace adds bytes, which wrap modulo 256 where a sum exceeds 255; here every sum is clipped.
 """
 
 from __future__ import annotations

@@ -58,6 +58,19 @@ class Defense(pl.LightningModule):
         """make_trainer(stage, epochs) -> a Trainer for one stage. Returns the repaired net, in any mode."""
         raise NotImplementedError(f"{type(self).__name__} must say how it repairs a net")
 
+    def trusted(self, data: ImageData) -> Split:
+        """The reserved images; which classes they lack is said by the run."""
+        counts = data.clean.y.cpu().bincount(minlength=data.num_classes).tolist()
+        missing = [name for name, count in zip(data.classes, counts, strict=True) if not count]
+        note = (
+            f"the {len(data.clean)} reserved images lack {len(missing)} of {data.num_classes} classes "
+            f"({', '.join(missing[:3])}{', …' * (len(missing) > 3)}): {type(self).__name__} is told nothing of them; take more "
+            "images, or as many of each class by dataset.reserved.balanced=true"
+        )
+        if missing and note not in self.notes:
+            self.notes.append(note)
+        return data.clean
+
     def tunes(self, stage: str) -> bool:
         """Whether the loop `stage` tunes the very net that is returned, so that it could have ended after any epoch."""
         return False
@@ -96,7 +109,7 @@ class Tuning(Defense):
         return stage == type(self).__name__ and all(id(p) in mine for p in self.trained())
 
     def batches(self, data: ImageData):
-        return data.batches(data.clean, size=self.batch, shuffle=True, augment=self.augment, stage=1)
+        return data.batches(self.trusted(data), size=self.batch, shuffle=True, augment=self.augment, stage=1)
 
     def ready(self) -> Tuning:
         """What the loop starts from: here, everything in train mode."""
@@ -124,7 +137,8 @@ class Stage(pl.LightningModule):
 
 
 class Staged(Defense):
-    """A defense of several loops, each a key of its YAML with epochs, batch, optimizer, schedule and what else it takes."""
+    """A defense of several loops, each a key of its YAML with epochs, batch, optimizer, schedule and what else it takes:
+    drop_last: false, where a last batch that is not full is no small part of the images."""
 
     def __init__(self, net: nn.Module, **stages: dict):
         for name, how in stages.items():
@@ -133,10 +147,12 @@ class Staged(Defense):
         super().__init__(net)
         self.stages = stages
 
-    def batches(self, name: str, data: ImageData, split: Split, augment) -> Batches:
-        """What the loop `name` goes over; its random numbers are its own."""
-        how = {"size": self.stages[name]["batch"], "shuffle": True, "drop_last": True}
-        return data.batches(split, augment=augment, stage=1 + list(self.stages).index(name), **how)
+    def batches(self, name: str, data: ImageData, split: Split, augment, part: int = 0) -> Batches:
+        """What the loop `name` goes over; its random numbers are its own. part: of several splits that it goes over at once,
+        each with its own, too."""
+        own = self.stages[name]
+        how = {"size": own["batch"], "shuffle": True, "drop_last": own.get("drop_last", True)}
+        return data.batches(split, augment=augment, stage=1 + list(self.stages).index(name) + part * len(self.stages), **how)
 
     def fit(self, name: str, batches, loss: Callable, make_trainer: Callable, params=None, extra: nn.Module | None = None):
         """Run the loop `name`, all in train mode. params: what is tuned, by default the whole net; extra: a module that

@@ -27,7 +27,8 @@ class BNP(Defense):
     augment     as in training, or as they are
     u           standard deviations above the layer's mean, for select=fixed
     select      fixed, or accuracy: the smallest u at which accuracy on the reserved images falls by max_drop at most
-    recipe      paper: the reserved images; code: images of the poisoned training set, and a factor missing
+    recipe      paper: the reserved images; code: images of the poisoned training set, and a factor missing (bnp_code sets
+                their number, too)
     """
 
     trains = "nothing: channels are cut"
@@ -42,7 +43,7 @@ class BNP(Defense):
         self.needs = frozenset({"clean"} if recipe == "paper" else {"train"}) | self.rule.needs
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
-        split = data.clean if self.recipe == "paper" else data.train
+        split = self.trusted(data) if self.recipe == "paper" else data.train
         batch = next(iter(data.batches(split, size=self.images, shuffle=True, augment=self.augment, stage=1)))
         half = 0.5 if self.recipe == "paper" else 1.0
         return cut_outliers(self, watch_norms(self.net, batch.x, partial(divergence, half=half)), data)

@@ -37,7 +37,7 @@ class DBR(Separation):
     with relearning."""
 
     trains = "all weights of the attacked net"
-    cost = "two short trainings on the poisoned set, then epochs over its sorted shares"
+    cost = "12 epochs on the poisoned set (2 of first, 10 of intra), then 20 on a quarter of it"
     needs = frozenset({"train"})
 
     def __init__(self, net: nn.Module, *, clean: float, poison: float, first: dict, intra: dict, repair: dict):

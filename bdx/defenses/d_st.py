@@ -65,7 +65,10 @@ class DST(Separation):
     """
 
     trains = "all weights, from fresh ones"
-    cost = "two short trainings on the poisoned set, then a long contrastive one"
+    cost = (
+        "epochs on the poisoned set: 2 of first, 10 of intra, 200 contrastive ones of twice the images; then 10 of a head on a "
+        "quarter of them"
+    )
     needs = frozenset({"train"})
 
     def __init__(

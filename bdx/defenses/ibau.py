@@ -7,9 +7,12 @@ Source: Zeng et al., Adversarial Unlearning of Backdoors via Implicit Hypergradi
 A round is one pass over the clean images for δ, then one step of θ per batch. The hypergradient is
 ∂L/∂θ + (∂Φ/∂θ)ᵀ v,  v = (I − ∂Φ/∂δ)⁻ᵀ ∂L/∂δ  for the map Φ(δ, θ) = δ − r ∂I/∂δ, v by fixed-point iteration.
 
-δ is in units of the data's deviation, as released. All is computed in full precision, whatever train.precision says, and with
-BatchNorm's running statistics. Each round augments anew (the code augments once). In L a hundredth of the batch, but
-always at least one image, carries δ: the code rounds that down, to none below 100 images, and tunes without a word.
+δ and all that is told of it are in pixel units, images being in [0,1], as in the authors' code; or in units of the data's
+deviation, as in BackdoorBench, which adds δ behind the normalisation. x + δ is not clamped in either.
+
+All is computed in full precision, whatever train.precision says, and with BatchNorm's running statistics. Each round
+augments anew (the code augments once). In L a hundredth of the batch, but always at least one image, carries δ: the code
+rounds that down, to none below 100 images, and tunes without a word.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bdx.adversarial import project_l2
 from bdx.datasets.base import ImageData
@@ -28,7 +32,8 @@ from bdx.training import at_least_one
 
 
 class IBAU(Tuning):
-    """search_lr   of plain descent on I, one step per batch from δ = 0
+    """unit        of δ, and so of radius, decay and both rates: pixel, or deviation (of the data's normalisation)
+    search_lr      of plain descent on I, one step per batch from δ = 0
     decay          c
     radius         C for images of 3×32×32, scaled with the root of the pixel count
     map_lr         r, the step of Φ, which is always of the first batch
@@ -41,10 +46,11 @@ class IBAU(Tuning):
     cost = "per batch and round: one pass for the trigger, and a second-order pass for each of the iterations"
 
     def __init__(
-        self, net: nn.Module, *, search_lr: float, decay: float, radius: float, map_lr: float, iterations: int,
+        self, net: nn.Module, *, unit: str, search_lr: float, decay: float, radius: float, map_lr: float, iterations: int,
         share: float, recipe: str, **loop,
     ):  # fmt: skip
         one_of("defense.recipe", recipe, ("paper", "code"))
+        one_of("defense.unit", unit, ("pixel", "deviation"))
         at_least_one("defense", iterations=iterations)
         if min(search_lr, radius, map_lr) <= 0 or decay < 0 or not 0 < share <= 1:
             raise UserError(
@@ -53,11 +59,16 @@ class IBAU(Tuning):
             )
         super().__init__(net, **loop)
         self.search_lr, self.decay, self.radius, self.map_lr = search_lr, decay, radius, map_lr
-        self.iterations, self.share, self.recipe = iterations, share, recipe
+        self.unit, self.iterations, self.share, self.recipe = unit, iterations, share, recipe
         self.first = None
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         self.search = data.batches(data.clean, size=self.batch, shuffle=True, augment=self.augment, stage=2)
+        if (most := min(self.batch, len(data.clean))) * self.share < 1:
+            self.notes.append(
+                f"I-BAU: defense.share={self.share:g} of a batch of {most} is less than one image: one carries the "
+                "perturbation, where the released code perturbs none and only tunes"
+            )
         return super().run(data, make_trainer)
 
     def ready(self) -> IBAU:
@@ -68,7 +79,8 @@ class IBAU(Tuning):
 
     def training_step(self, batch, _):
         self.first = self.first or batch
-        with torch.autocast(batch.x.device.type, enabled=False):
+        # attention's fast kernels have no second derivative
+        with torch.autocast(batch.x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
             delta = self.delta.clone().requires_grad_()
             outer = self.outer(delta, batch.x, batch.y)
             phi = self.descend(delta, self.first.x, self.first.y, self.map_lr, create_graph=True)
@@ -99,7 +111,7 @@ class IBAU(Tuning):
         return F.cross_entropy(self.at(x, delta * carries.view(-1, 1, 1, 1)), y)
 
     def at(self, x: Tensor, delta: Tensor) -> Tensor:
-        return self.net(x + delta * self.net.normalize.std)
+        return self.net(x + (delta if self.unit == "pixel" else delta * self.net.normalize.std))
 
 
 def implicit(outer: Tensor, phi: Tensor, delta: Tensor, iterations: int) -> Tensor:

@@ -35,7 +35,7 @@ class MCR(Tuning):
     """
 
     trains = "all weights, twice: the far end and the bends"
-    cost = "per clean image and epoch: one training step"
+    cost = "per clean image and epoch: one training step; before that, 100 epochs of the same for the far end"
 
     def __init__(self, net: nn.Module, *, points: int, t: float, end: dict, **loop):
         if points < 3 or not 0 <= t <= 1:

@@ -45,7 +45,7 @@ class NAB(Staged):
     """
 
     trains = "all weights, from fresh ones"
-    cost = "a long contrastive training and two others on the poisoned set"
+    cost = "220 epochs on the poisoned set: 100 contrastive ones of twice the images, 20 of tuning, 100 of training"
     needs = frozenset({"train"})
 
     def __init__(

@@ -34,7 +34,7 @@ class NAD(Tuning):
     """
 
     trains = "all weights, twice: a teacher and the net"
-    cost = "per clean image and epoch: one training step, and a pass of the teacher"
+    cost = "per clean image and epoch: one training step, and a pass of the teacher; before that, 10 epochs for the teacher"
 
     def __init__(self, net: nn.Module, *, betas: list, p: float, teacher_epochs: int, recipe: str, **loop):
         one_of("defense.recipe", recipe, ("paper", "code"))
@@ -107,5 +107,11 @@ def maps(net: nn.Module, sample: Tensor) -> list[str]:
     found = [ends[size] for size in sorted(ends, reverse=True)][-3:]
     if len(found) == 3:
         return found
-    by_depth = places.places(net, sample)
+    try:
+        by_depth = places.places(net, sample)
+    except UserError:
+        raise UserError(
+            "NAD compares three maps, and this net has neither convolutions at three resolutions nor three convolutions or "
+            "blocks; take a deeper arch (arch.layers=3 or more of a ViT) or a defense without maps, such as ft"
+        ) from None
     return [by_depth[d] for d in ("middle", "penultimate", "last")]

@@ -1,136 +1,46 @@
 """NC: for every class the smallest trigger that turns all images into it; the classes whose trigger is far too small are
 backdoored, and the net unlearns those triggers.
 
-Source: Wang et al., Neural Cleanse, IEEE S&P 2019; sec. IV and VI, released code.
+Source: Wang et al., Neural Cleanse, IEEE S&P 2019; sec. VI, released code.
 
-    min over m, p of CE(f((1 − m)·x + m·p), k) + c_k ‖m‖₁   for each class k,  m and p in [0,1]
-
-All classes are one problem: Adam works entry by entry, so that what is summed here is what is minimised there.
-Outliers: |n_k − median| / (1.4826 median|n − median|) above a threshold where n_k = ‖m_k‖₁ lies below the median.
+The triggers and what makes one too small are the detector's, bdx/detectors/nc.py; here they are unlearned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 
-import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from bdx import surgery
 from bdx.datasets.base import ImageData
 from bdx.defenses.base import Tuning
+from bdx.detectors.nc import anomalies, check_search, smallest
 from bdx.errors import UserError
 from bdx.split import Split, pixels
-from bdx.training import at_least_one, optimizers, try_out
-
-
-class Weights:
-    """(K,) each: what every class's search stands at. `update` is the released code's rule, once an epoch:
-    c is doubled after `patience` epochs in a row that succeed and divided by 2^1.5 after as many that fail; a class is
-    done once c has gone both ways and its best norm has not fallen by 1 % for `stop_after` epochs."""
-
-    def __init__(self, k: int, device, *, cost: float, patience: int, stop_after: int):
-        self.patience, self.stop_after = patience, stop_after
-        self.cost, self.best = torch.full((k,), cost, device=device), torch.full((k,), torch.inf, device=device)
-        self.before = self.best.clone()  # the best norm of the epochs before
-        self.up, self.down, self.stale = torch.zeros(3, k, dtype=torch.long, device=device)
-        self.rose, self.fell, self.done = torch.zeros(3, k, dtype=torch.bool, device=device)
-
-    def update(self, success: Tensor, norm: Tensor) -> Tensor:
-        """success (K,) bool, norm (K,): of an epoch. Returns (K,) bool, which classes have their best trigger now."""
-        better = success & (norm < self.best) & ~self.done
-        self.best = torch.where(better, norm, self.best)
-        improved = self.best < 0.99 * self.before
-        self.stale = torch.where(improved, 0, self.stale + self.best.isfinite())
-        self.before = torch.minimum(self.best, self.before)
-        self.done = self.done | (self.rose & self.fell & (self.stale >= self.stop_after))
-        self.up, self.down = torch.where(success, self.up + 1, 0), torch.where(success, 0, self.down + 1)
-        up, down = self.up >= self.patience, self.down >= self.patience
-        self.cost = torch.where(up, self.cost * 2, torch.where(down, self.cost / 2**1.5, self.cost))
-        self.rose, self.fell = self.rose | up, self.fell | down
-        self.up, self.down = self.up.masked_fill(up, 0), self.down.masked_fill(down, 0)
-        return better
-
-
-class Search(pl.LightningModule):
-    """The triggers towards `classes` (K,), in one batched problem; classes that are done cost nothing any more.
-
-    After a fit: masks (K,1,H,W) and patterns (K,C,H,W) in [0,1]: the smallest that succeeded, or the last where none did.
-    """
-
-    def __init__(self, net: nn.Module, classes: Tensor, how: dict):
-        super().__init__()
-        (c, h, w), k = net.spec["shape"], len(classes)
-        self.net, self.classes, self.how = surgery.freeze(net), classes, how
-        self.mask, self.pattern = (nn.Parameter(torch.ones(k, n, h, w)) for n in (1, c))
-
-    def triggers(self) -> tuple[Tensor, Tensor]:
-        """The masks and patterns as they stand."""
-        return self.mask.tanh() / 2 + 0.5, self.pattern.tanh() / 2 + 0.5
-
-    def on_fit_start(self):
-        self.classes, how = self.classes.to(self.device), self.how
-        rule = {k: how[k] for k in ("cost", "patience", "stop_after")}
-        self.weights = Weights(len(self.classes), self.device, **rule)
-        self.masks, self.patterns = (t.detach() for t in self.triggers())
-
-    def on_train_epoch_start(self):
-        self.left = (~self.weights.done).nonzero()[:, 0]
-        self.hits, self.norms = torch.zeros(2, len(self.classes), device=self.device)
-
-    def training_step(self, batch, _):
-        m, p = (t[self.left][:, None] for t in self.triggers())
-        k, n = self.classes[self.left], len(batch.x)
-        logits = self.net(((1 - m) * batch.x + m * p).flatten(0, 1)).float()
-        ce = F.cross_entropy(logits, k.repeat_interleave(n), reduction="none").view(-1, n).mean(1)
-        norm = m.flatten(1).sum(1)
-        with torch.no_grad():
-            self.hits[self.left] += (logits.argmax(1).view(-1, n) == k[:, None]).float().mean(1)
-            self.norms[self.left] += norm
-        return {"loss": (ce + self.weights.cost[self.left] * norm).sum(), "norm": norm.detach().mean()}
-
-    def on_train_epoch_end(self):
-        steps = len(self.trainer.train_dataloader)
-        success = self.hits / steps >= self.how["success"]
-        better = self.weights.update(success, self.norms / steps)
-        never = self.weights.best.isinf()
-        masks, patterns = (t.detach() for t in self.triggers())
-        keep = (better | never).view(-1, 1, 1, 1)
-        self.masks, self.patterns = torch.where(keep, masks, self.masks), torch.where(keep, patterns, self.patterns)
-        self.trainer.should_stop = bool(self.weights.done.all())
-
-    def configure_optimizers(self):
-        return optimizers([self.mask, self.pattern], self.how["optimizer"], None)
 
 
 class NC(Tuning):
     """search   epochs, batch, success (share of images), cost, patience, stop_after, optimizer; at_once: classes in one
-                problem, null for all on a GPU and one on a CPU: memory against speed, the same triggers
+                problem, null for one on a CPU and as many on a GPU as keep a pass within AT_ONCE images (16 in batches
+                of 256): memory against speed, the same triggers
     anomaly     index above which a class counts as backdoored
     share       of the reserved images that carry a trigger, once for each such class, under their true labels
     """
 
     trains = "a trigger for each class, then all weights"
-    cost = "per clean image, class and epoch: one pass with gradients through frozen weights; then a tuning"
+    cost = "per clean image, class and each of at most 80 epochs: one pass with gradients through frozen weights; then a tuning"
 
     def __init__(self, net: nn.Module, *, search: dict, anomaly: float, share: float, **loop):
-        at_least_one("defense.search", **{k: search[k] for k in ("epochs", "batch", "patience", "stop_after")})
-        at_least_one("defense.search", at_once=1 if search["at_once"] is None else search["at_once"])
-        if not 0 < share < 1 or anomaly < 0 or not 0 < search["success"] <= 1 or search["cost"] <= 0:
-            raise UserError(
-                f"defense.share={share}, anomaly={anomaly}, search.success={search['success']}, search.cost={search['cost']}: "
-                "expected a share between 0 and 1, anomaly not below 0, success above 0 and at most 1, cost above 0"
-            )
-        try_out("defense.search", SimpleNamespace(**search, schedule=None))
+        check_search("defense.search", search)
+        if not 0 < share < 1 or anomaly < 0:
+            raise UserError(f"defense.share={share}, anomaly={anomaly}: expected a share between 0 and 1, anomaly not below 0")
         super().__init__(net, **loop)
         self.search, self.anomaly, self.share = search, anomaly, share
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
-        masks, patterns = self.triggers(data, make_trainer)
+        masks, patterns = smallest(self.net, self.trusted(data), data, self.search, self.augment, make_trainer)
         index = anomalies(masks.flatten(1).sum(1))
         found = (index > self.anomaly).nonzero()[:, 0]
         self.facts = {"anomaly_index": float(index.max()), "flagged_classes": " ".join(map(str, found.tolist()))}
@@ -143,25 +53,6 @@ class NC(Tuning):
         batches = data.batches(lesson, size=self.batch, shuffle=True, augment=self.augment, stage=1)
         make_trainer("NC", self.epochs).fit(self.ready(), batches)
         return self.net
-
-    def triggers(self, data: ImageData, make_trainer: Callable) -> tuple[Tensor, Tensor]:
-        """Masks (K,1,H,W) and patterns (K,C,H,W) of all classes."""
-        found, how = [], self.search
-        at_once = how["at_once"] or (data.num_classes if data.clean.x.is_cuda else 1)
-        for classes in torch.arange(data.num_classes).split(at_once):
-            stage = Search(self.net, classes, how)
-            batches = data.batches(data.clean, size=how["batch"], shuffle=True, augment=self.augment, stage=2)
-            make_trainer("triggers", how["epochs"]).fit(stage, batches)
-            found.append((stage.masks, stage.patterns))
-        masks, patterns = (torch.cat(part) for part in zip(*found, strict=True))
-        return masks, patterns
-
-
-def anomalies(norms: Tensor) -> Tensor:
-    """(K,) how many deviations each norm lies below the median; 0 above it."""
-    below = norms.quantile(0.5) - norms
-    deviation = 1.4826 * below.abs().quantile(0.5)
-    return below.clamp_min(0) / deviation.clamp_min(1e-12)
 
 
 def with_triggers(clean: Split, masks: Tensor, patterns: Tensor, share: float, seed: int) -> Split:

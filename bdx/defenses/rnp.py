@@ -69,7 +69,7 @@ class RNP(Defense):
     """
 
     trains = "all weights of a copy, then a mask for each BatchNorm channel"
-    cost = "per clean image and epoch: one training step; then one pass for each threshold tried"
+    cost = "per clean image: at most 20 epochs of unlearning and 20 of recovery; then one pass for each threshold tried"
     needs_batchnorm = True
 
     def __init__(
@@ -99,6 +99,6 @@ class RNP(Defense):
 
     def fit(self, name: str, stage: Stage, data: ImageData, make_trainer: Callable) -> None:
         order = torch.randperm(len(data.clean), generator=torch.Generator().manual_seed(data.seed))[: self.images]
-        some, seed = data.clean[order.to(data.clean.x.device)], {"unlearn": 1, "recover": 2}[name]
+        some, seed = self.trusted(data)[order.to(data.clean.x.device)], {"unlearn": 1, "recover": 2}[name]
         how = {"size": self.batch, "shuffle": True, "augment": self.augment, "stage": seed}
         make_trainer(name, stage.how["epochs"]).fit(stage.train(), data.batches(some, **how))

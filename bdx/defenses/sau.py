@@ -32,6 +32,7 @@ class SAU(Tuning):
 
     trains = "all weights"
     cost = "per clean image and epoch: the perturbation's passes through two nets, and a training step of twice the batch"
+    takes_scaled = False
 
     def __init__(
         self, net: nn.Module, *, beta_adv: float, beta_share: float, lambda_clean: float, lambda_adv: float,

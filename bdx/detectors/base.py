@@ -1,4 +1,5 @@
-"""Detector: which images carry a trigger, by a score per image and a rule that says where suspicion begins."""
+"""Detector: which images carry a trigger, by a score per image and a rule that says where suspicion begins; or, of the net
+itself, which classes have one."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from bdx.training import at_least_one
 class Detector:
     """A method says how it scores and, where it differs, when it flags. Neither ever sees which images are poisoned.
 
-    judge   which images are judged: train (the poisoned training set) or test (inputs while the net is in use)
+    judge   which images are judged: train (the poisoned training set) or test (inputs while the net is in use); or net: no
+            image, but the net's classes
     limit   judge so many of them, drawn at random, and take so many clean ones for a threshold; null: all
 
     Class attributes declare: judges (what `judge` may be) and needs ("clean": reserved images).
@@ -36,11 +38,12 @@ class Detector:
 
     def score(self, net: nn.Module, split: Split, data: ImageData, make_trainer: Callable) -> Tensor:
         """(N,) for the images of `split`, higher = more suspicious. split.y: the labels of the training set, or of test
-        inputs what the net says; data: only the splits in `needs` can be touched; make_trainer(stage, epochs)."""
+        inputs what the net says; data: only the splits in `needs` can be touched; make_trainer(stage, epochs). judge=net:
+        (K,) for its classes, and `split` is of no account."""
         raise NotImplementedError(f"{type(self).__name__} must say how it scores")
 
     def flag(self, scores: Tensor, y: Tensor) -> Tensor:
-        """(N,) bool: the method's own decision on the images just scored, of labels y."""
+        """(N,) bool: the method's own decision on the images just scored, of labels y; judge=net: (K,), on the classes."""
         return scores > self.threshold
 
     def some(self, split: Split, seed: int) -> Split:

@@ -6,12 +6,15 @@ import os
 import queue
 import shutil
 import subprocess
+import sys
 import time
 from collections import deque
+from functools import cache
 from pathlib import Path
 
 from bdx.engines import base
 from bdx.engines.base import Job, Outcome
+from bdx.files import reason
 from bdx.worker import Worker, died, end
 
 
@@ -19,10 +22,21 @@ def devices() -> list[str]:
     """UUIDs of the GPUs, as CUDA_VISIBLE_DEVICES allows them; [''] where there is none."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-    if not shutil.which("nvidia-smi"):
-        return [""]
-    asked = subprocess.run(["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True)
-    return asked.stdout.split() or [""]
+    return (of_nvidia(smi) if (smi := shutil.which("nvidia-smi")) else []) or [""]
+
+
+@cache
+def of_nvidia(smi: str) -> list[str]:
+    """UUIDs of the GPUs by nvidia-smi; a driver that fails has none, and that is said once."""
+    try:
+        asked = subprocess.run([smi, "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True)
+        said, failed = f"{asked.stderr}{asked.stdout}", asked.returncode != 0
+    except OSError as e:
+        said, failed = reason(e), True
+    if failed:
+        print(f"bdx: {smi} fails, so no GPU is counted: {' '.join(said.split())[:200]}", file=sys.stderr)
+        return []
+    return [word for word in asked.stdout.split() if word.startswith(("GPU-", "MIG-"))]
 
 
 class Engine(base.Engine):
