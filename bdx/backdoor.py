@@ -42,6 +42,8 @@ def backdoored(
         screen.say(slow)
     wanting = [(one, part) for one, part in parts(cfg, attack) if isinstance(part, Made) and part.wanting]
     made = {a.id: a.meta["seconds"] for a in (equip(one, part, data, stored, trainer, screen) for one, part in wanting)}
+    for part in (part for _, part in parts(cfg, attack) if isinstance(part, Made) and part.made):
+        part.take(part.brought(data))
     data = data.poisoned(attack.poison(data.train))
     of = recipe.of_backdoor(cfg, data.sha256)
     backdoor = stored.get_or_make(of, lambda checkpoint: fit(attack, data, trainer, checkpoint, screen))

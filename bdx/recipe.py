@@ -17,22 +17,24 @@ from bdx.errors import UserError
 VERSION = 1  # raise it when the meaning of a recipe changes, so that older artifacts are not taken for newer ones
 DRAW = 2  # how the reserved images are drawn; 1 was the attacks' own permutation, so that all of them had been poisoned
 PLUMBING = ("paths", "trainer", "logger", "eval", "hydra", "asked")
+SINCE = {"made": None}  # keys that came later, and the value with which everything is as it was: no part of an id then
+CONTENT = ("file", "made")  # a user's files
 BACKDOOR = ("dataset", "arch", "attack", "train", "seed")
 
 
 def canonical(node, key: str = ""):
-    """A plain, sorted, resolved form: 1.0 and 1 are one number, a user's `file` is its content and not its path."""
+    """A plain, sorted, resolved form: 1.0 and 1 are one number, a user's file is its content and not its path."""
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node, resolve=True)
     if isinstance(node, dict):
-        return {k: canonical(node[k], k) for k in sorted(node)}
+        return {k: canonical(node[k], k) for k in sorted(node) if not (k in SINCE and node[k] == SINCE[k])}
     if isinstance(node, (list, tuple)):
         return [canonical(v) for v in node]
     if isinstance(node, float) and node.is_integer():
         return int(node)
-    if key == "file" and isinstance(node, str):
+    if key in CONTENT and isinstance(node, str):
         if not Path(node).is_file():
-            raise UserError(f"file={node}: there is no such file")
+            raise UserError(f"{key}={node}: there is no such file")
         return "sha256:" + hashlib.sha256(Path(node).read_bytes()).hexdigest()
     return node
 

@@ -129,6 +129,16 @@ def agree(cell) -> None:
     assert COMPOSER.config(cell.words).asked == compose(list(cell.words)).asked
 
 
+@pytest.mark.parametrize("shell", [("experiment=cpu_scale",), ("experiment=repair",)])
+def test_a_method_s_node_from_its_own_file_is_the_one_of_the_whole_configuration(shell):
+    """A preset may have keys for it: those count as well."""
+    slow = Composer()
+    for group in ("attack", "defense", "detector"):
+        for name in names(group)[:: 4 if "cpu_scale" in shell[0] else 16]:
+            found, choices = slow.node((*shell, f"{group}={name}"))
+            assert COMPOSER.apart(group, f"{group}={name}", shell) == (found[group], choices[group])
+
+
 def test_a_scale_shortens_an_attack_and_a_defense_and_replaces_the_net():
     (cell,) = (c for c in cells("npd2023/table01", "cpu", "attack=badnets", "defense=npd"))
     assert set(cell.words) >= {"experiment=cpu_scale", "defense.epochs=17", "defense.warmup_epochs=2"}

@@ -31,6 +31,7 @@ class LBA(Made):
     of `head`. side: of the patch, as a share of the image's height. margin: pixels to the lower right border.
     images, steps, batch, lr: of the pattern's making. weight: of the features in the victim's training; 0: poisoning alone."""
 
+    makes = ("pattern",)
     later = frozenset({"weight"})
     hardens = True
 

@@ -26,6 +26,7 @@ class LC(Made):
     """epsilon, step: L∞ bound and length of a step, in grey levels of 255; steps: how many. amplitude: of the corners, in
     units of the whole range. corners: all, unmirrored or bottom_right."""
 
+    makes = ("harder", "index")
     clean_label = True
     later = frozenset({"amplitude", "corners"})
 
@@ -60,6 +61,16 @@ class LC(Made):
                 right = right + (net(parts[-1].float() / 255).argmax(1) == y).sum()
             say(i + 1, right / (seen := seen + len(chunk)))
         return {"harder": torch.cat(parts), "index": index}, {"still_recognised": float(right) / len(index)}
+
+    def brought(self, data):
+        found = super().brought(data)
+        wanted = self.candidates(data.train.y_true).nonzero().flatten().cpu()
+        if not torch.equal(found["index"], wanted) or len(found["harder"]) != len(wanted):
+            raise UserError(
+                f"attack.made={self.made}: `index` names {len(found['index'])} images, `harder` holds {len(found['harder'])}; "
+                f"expected the {len(wanted)} training images of class {self.target}, in their order"
+            )
+        return found
 
     def take(self, made: dict[str, Tensor]) -> None:
         self.harder, self.index = (made[k].to(self.added.device) for k in ("harder", "index"))

@@ -23,6 +23,8 @@ class LF(Made):
     highest value of v, in [0,1]. overshoot, iterations: of DeepFool. passes: at most; they end once `fooled` of the images
     change their class, or when five rates in a row lie within 0.01. file: a picture to add instead (black adds nothing)."""
 
+    makes = ("added",)
+
     def __init__(
         self, net: nn.Module, *, images: int, deviation: float, most: float, overshoot: float, iterations: int,
         passes: int, fooled: float, file: str | None, **common,
@@ -39,7 +41,7 @@ class LF(Made):
 
     @property
     def wanting(self) -> bool:
-        return self.file is None
+        return self.file is None and super().wanting
 
     def smooth(self, v: Tensor) -> Tensor:
         """(1,C,H,W) through a separable Gaussian; zeros outside."""

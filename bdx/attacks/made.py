@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bdx.attacks.base import Attack
@@ -21,15 +23,22 @@ from bdx.split import pixels
 
 class Made(Attack):
     """A method says how it `make`s tensors; they become buffers or sub-modules, so that they travel with the weights.
+    made: a .safetensors of the user's that holds them already, such as weights.safetensors of an asset in a store.
 
-    Class attributes declare: surrogate (whether a clean net is needed: that of `attack=none` with the same data set, arch,
-    train and seed), aimed (whether the target shapes what is made), later (keys of the method that do not).
+    Class attributes declare: makes (the names of these tensors, or of modules that they belong to), surrogate (whether a
+    clean net is needed: that of `attack=none` with the same data set, arch, train and seed), aimed (whether the target shapes
+    what is made), later (keys of the method that do not).
     """
 
     trigger_from = "made"
+    makes: tuple[str, ...] = ()
     surrogate = True
     aimed = True
     later: frozenset[str] = frozenset()
+
+    def __init__(self, net: nn.Module, *, made: str | None, **common):
+        super().__init__(net, **common)
+        self.made = made
 
     @classmethod
     def shapeless(cls) -> frozenset[str]:
@@ -40,7 +49,7 @@ class Made(Attack):
     @property
     def wanting(self) -> bool:
         """Whether anything has to be made; a user's own file spares it."""
-        return True
+        return self.made is None
 
     def make(self, data: ImageData, net: nn.Module | None, report: Callable) -> tuple[dict[str, Tensor], dict]:
         """(tensors by name, facts about them). data: the clean images; net: the surrogate, frozen, or None;
@@ -50,6 +59,31 @@ class Made(Attack):
     def take(self, made: dict[str, Tensor]) -> None:
         """What was made becomes part of the attack."""
         self.load_state_dict(self.state_dict() | made)
+
+    def brought(self, data: ImageData) -> dict[str, Tensor]:
+        """What the user's file holds, in place of what `make` returns. Raises UserError where it does not fit: a tensor that
+        is empty before it is made may be of any length."""
+        own = dict(self.named_parameters()) | dict(self.named_buffers())
+        own = {k: v for k, v in own.items() if k.partition(".")[0] in self.makes}
+        try:
+            found = load_file(self.made)
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"attack.made={self.made} is no .safetensors: {' '.join(str(e).split())}") from None
+        if set(found) != set(own):
+            odd = min(set(found) ^ set(own))
+            raise UserError(
+                f"attack.made={self.made} has {'no' if odd in own else 'a'} tensor {odd}: {type(self).__name__} is made of "
+                f"{', '.join(self.makes)}, {len(own)} tensor{'s' * (len(own) > 1)}"
+            )
+        for name, given in found.items():
+            at = 0 if own[name].numel() else 1
+            if given.dtype != own[name].dtype or given.shape[at:] != own[name].shape[at:]:
+                wanted = "×".join(["any", *map(str, own[name].shape[1:])] if at else map(str, own[name].shape))
+                raise UserError(
+                    f"attack.made={self.made}: {name} is {'×'.join(map(str, given.shape))} of {given.dtype}, expected "
+                    f"{wanted} of {own[name].dtype}, with the settings that it was made by"
+                )
+        return found
 
     def images_of(self, data: ImageData, count: int) -> Tensor:
         """`count` training images, or all where there are fewer, drawn by the attack's seed; float in [0,1]."""
@@ -61,6 +95,8 @@ class Made(Attack):
         """(C,H,W): the user's picture, or zeros that what is made will replace. A black one would be no trigger at all."""
         if file is None:
             return torch.zeros(self.shape)
+        if self.made:
+            raise UserError(f"attack.file={file}, made={self.made}: either is the trigger; set one of them to null")
         picture = self.read(file)
         if not picture.any():
             raise UserError(f"attack.file={file} is black: what it adds would change no pixel; take another picture")

@@ -22,6 +22,7 @@ class Narcissus(Made):
     """epsilon: L∞ bound of the noise in training, in grey levels of 255. amplify: what it is multiplied by at test time.
     lr, rounds, batch: of the search; a round is one pass over the images of the target class."""
 
+    makes = ("noise",)
     clean_label = True
     later = frozenset({"amplify"})
 

@@ -23,6 +23,7 @@ class Refool(Made):
     """reflections: how many pictures to draw from. ghost: share of images with a ghost, the others are out of focus. alpha:
     weight of the image itself. clean_label: poison images of the target class alone and keep their labels."""
 
+    makes = ("reflections",)
     sample_specific = True
     surrogate = False
     aimed = False

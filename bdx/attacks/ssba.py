@@ -61,6 +61,7 @@ class SSBA(Made):
     """bits: of the secret. width: of the encoder's and decoder's first layers. steps, batch, lr: of their training.
     image_weight: w at its end; it rises from step `delay` on, over `ramp` steps, once `read` of the bits are read."""
 
+    makes = ("encoder", "decoder", "secret")
     sample_specific = True
     surrogate = False
     aimed = False

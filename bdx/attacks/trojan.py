@@ -24,6 +24,7 @@ class Trojan(Made):
     activation: how many shall reach what. radius: how far a pixel may move from its start. step, steps: of the search; it
     ends where the cost falls below `enough`. file: a picture to add instead (black adds nothing)."""
 
+    makes = ("added",)
     aimed = False  # no class is asked for: the neurons are chosen by their weights
 
     def __init__(
@@ -45,7 +46,7 @@ class Trojan(Made):
 
     @property
     def wanting(self) -> bool:
-        return self.file is None
+        return self.file is None and super().wanting
 
     def mask(self) -> Tensor:
         """(C,H,W) of 0 and 1."""

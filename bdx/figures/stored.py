@@ -81,7 +81,8 @@ class Stored:
         how = self.backdoor.meta["recipe"]
         about = {"num_classes": self.data.num_classes, "shape": self.data.shape}
         net = archs.build(how["arch"], **how["dataset"]["normalize"], **about)
-        attack = how["attack"] | self.file(how["attack"])
+        since = {k: v for k, v in recipe.SINCE.items() if k in self.cfg["attack"]}
+        attack = since | how["attack"] | self.file(how["attack"])
         attack = instantiate(attack, net=net, recipe=instantiate(how["train"]), seed=how["seed"], **about)
         attack.load_state_dict({k: v for k, v in self.backdoor.tensors.items() if not k.startswith("split.")})
         return attack.eval()
