@@ -17,7 +17,7 @@ from bdx.errors import UserError
 VERSION = 1  # raise it when the meaning of a recipe changes, so that older artifacts are not taken for newer ones
 DRAW = 2  # how the reserved images are drawn; 1 was the attacks' own permutation, so that all of them had been poisoned
 PLUMBING = ("paths", "trainer", "logger", "eval", "hydra", "asked")
-SINCE = {"made": None}  # keys that came later, and the value with which everything is as it was: no part of an id then
+SINCE = {"made": None, "latent": 0.0}  # later keys, and the value with which all is as before: no part of an id then
 CONTENT = ("file", "made")  # a user's files
 BACKDOOR = ("dataset", "arch", "attack", "train", "seed")
 

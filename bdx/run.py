@@ -92,7 +92,9 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
 
 
 def build_defense(cfg: DictConfig, attack: Attack) -> Defense:
-    return instantiate(cfg.defense, net=copy.deepcopy(attack.net))
+    defense = instantiate(cfg.defense, net=copy.deepcopy(attack.net))
+    defense.face(attack)
+    return defense
 
 
 def check(defense: Defense, attack: Attack, cutmix: float = 0.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_layers_that_work_in_place_are_no_obstacle(digits):
         (["defense.decoder=[8,8,8]"], r"decoder=\[8, 8, 8\]: from \(64, 4, 4\) to .* there are 2 hidden layers"),
         (["defense.stages=first"], "defense.stages=first: expected one of both, trap, replace"),
         (["defense.replace.dropout=1.0"], "defense.replace.dropout=1.0, label_smoothing=0.1: expected 0 up to, but not, 1"),
-        (["defense.lambda_rec=-1.0"], "defense.lambda_rec=-1.0, lambda_tv=0.1, replace.cutmix=1.0: expected none below 0"),
+        (["defense.lambda_rec=-1.0"], "lambda_rec=-1.0, lambda_tv=0.1, latent=0.0, replace.cutmix=1.0: expected none below 0"),
         (["defense.replace.cutmix=-1.0"], "replace.cutmix=-1.0: expected none below 0"),
         (["defense.trap.epochs=0"], "defense.trap.epochs=0: expected at least 1"),
         (["defense.trap.optimizer.lr=-1"], "defense.trap.optimizer cannot be used: Invalid learning rate"),
@@ -215,3 +216,33 @@ def test_a_clean_training_set_is_no_obstacle(cell):
     assert row["asr"] is row["der"] is row["tpr"] is None
     assert row["acc"] > 0
     assert row["reconstruction_mse"] > 0
+
+
+# an attacker who has a hand in the trap
+
+
+def test_the_latent_attacker_adds_her_term_to_the_traps_loss(digits):
+    lba = build_attack(digits, "attack=lba", "attack.head=1", "attack.target=3")
+    data = digits.poisoned(lba.poison(digits.train))
+    defense, seen = made(lba, "defense.latent=0.5"), []
+    defense.run(
+        data.allow(defense.needs), lambda stage, epochs: SimpleNamespace(fit=lambda of, batches: seen.append((of, batches)))
+    )
+    (trap, batches), _ = seen
+    batch = next(iter(batches))
+    out = trap.eval().training_step(batch, 0)
+    share = (batch.y == 3) & ~data.without_reserved().poisoned[batch.index]
+    goal = lba.features(trap.net, batch.x[share]).mean(0)
+    latent = (lba.features(trap.net, lba.trigger(batch.x)) - goal).square().mean()
+    bare = out["ce"] + defense.lambda_rec * (out["mse"] + defense.lambda_tv * out["tv"])
+    assert latent > 0
+    assert torch.allclose(out["latent"], 0.5 * latent, rtol=1e-4)
+    assert torch.allclose(out["loss"], bare + 0.5 * latent, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("other", "words"), [("badnets", []), ("lba", ["defense.stages=replace"])])
+def test_no_other_attacker_has_one(other, words, digits):
+    asked = build_attack(digits, f"attack={other}", *["attack.head=1"] * (other == "lba"))
+    with pytest.raises(UserError, match=r"defense\.latent=0\.5, stages=\w+: only attack=lba has a say in the trap's training"):
+        made(asked, "defense.latent=0.5", *words)
+    assert made(asked, *words).attacker is None

@@ -8,7 +8,8 @@ it against a defender who replaces the head: LBA-k plants the backdoor in the in
 
 Trap-and-Replace gives no recipe. Its defender trains the net herself, so there it poisons data (ours, as all that follows):
 the pattern comes from the net of attack=none. The second term is the original's; it reaches the victim that other defenses
-get, and none that trains anew. A mean stands where the original draws one sample: the gradient is the same on average.
+get, and of those that train anew Trap-and-Replace alone, if told to let it (defense.latent). A mean stands where the original
+draws one sample: the gradient is the same on average.
 """
 
 from __future__ import annotations
@@ -107,10 +108,14 @@ class LBA(Made):
         ce = self.loss(batch.x, batch.y)
         if not self.weight:
             return ce
-        share = batch.y[:, self.target] if batch.y.ndim == 2 else (batch.y == self.target).float()
-        share = share * ~self.poisoned[batch.index]  # those have the label, and do not show the class
-        with surgery.unmoved(surgery.batchnorms(self.net)):
-            planted, clean = self.features(self.net, torch.cat([self.trigger(batch.x), batch.x])).chunk(2)
-        goal = torch.einsum("n,n...->...", share, clean.detach()) / share.sum().clamp_min(1e-6)
-        latent = F.mse_loss(planted, goal.expand_as(planted)) * (share.sum() > 0)
+        latent = self.latent(self.net, batch, self.poisoned[batch.index])
         return {"loss": ce + self.weight * latent, "ce": ce, "latent": latent}
+
+    def latent(self, net: nn.Module, batch, poisoned: Tensor) -> Tensor:
+        """The second term, of any net of this architecture. poisoned: (N,) bool, which images of the batch are."""
+        share = batch.y[:, self.target] if batch.y.ndim == 2 else (batch.y == self.target).float()
+        share = share * ~poisoned  # those have the label, and do not show the class
+        with surgery.unmoved(surgery.batchnorms(net)):
+            planted, clean = self.features(net, torch.cat([self.trigger(batch.x), batch.x])).chunk(2)
+        goal = torch.einsum("n,n...->...", share, clean.detach()) / share.sum().clamp_min(1e-6)
+        return F.mse_loss(planted, goal.expand_as(planted)) * (share.sum() > 0)

@@ -54,6 +54,9 @@ class Defense(pl.LightningModule):
         self.extras: dict[str, nn.Module] = {}
         self.replay: Replay | None = None  # of a threshold's choice
 
+    def face(self, attack) -> None:
+        """Called before `run`, for a method that can be told to let the attacker shape its own training; of no other."""
+
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         """make_trainer(stage, epochs) -> a Trainer for one stage. Returns the repaired net, in any mode."""
         raise NotImplementedError(f"{type(self).__name__} must say how it repairs a net")

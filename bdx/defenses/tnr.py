@@ -3,6 +3,8 @@
 Source: Wang et al., Trap and Replace, NeurIPS 2022, arXiv 2210.06428; sec. 3, Tables 4, 5, 8, 9, 10.
 
 Stage 1, from fresh weights on the poisoned training set:  CE(logits, y) + λ1 (MSE(x̂, x) + λ2 TV(x̂)),  x̂ = decoder(stem(x))
+plus μ MSE(F(x ⊕ p), mean of F over the target class) where LBA's attacker is to have a hand in it: a stress test beyond the
+paper's threat model, which may be what its Table 7 means.
 Stage 2, on the held-out clean images: stem frozen (its BatchNorm statistics too), a fresh head, CutMix, label smoothing,
 dropout. Reconstructing the image makes the stem learn what is in it; the trigger's shortcut settles in the light head.
 """
@@ -29,12 +31,15 @@ from bdx.training import at_least_one, optimizers, try_out
 
 
 class Trap(pl.LightningModule):
-    """Stage 1. `stage`: optimizer and schedule."""
+    """Stage 1. `stage`: optimizer and schedule. pull: what an attacker adds to the loss, of a batch, or None."""
 
-    def __init__(self, net: nn.Module, at: str, decoder: Decoder, lambda_rec: float, lambda_tv: float, stage: dict):
+    def __init__(
+        self, net: nn.Module, at: str, decoder: Decoder, lambda_rec: float, lambda_tv: float, stage: dict,
+        pull: Callable | None = None,
+    ):  # fmt: skip
         super().__init__()
         self.net, self.at, self.decoder, self.stage = net, at, decoder, stage
-        self.lambda_rec, self.lambda_tv = lambda_rec, lambda_tv
+        self.lambda_rec, self.lambda_tv, self.pull = lambda_rec, lambda_tv, pull
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(logits, reconstruction)"""
@@ -49,7 +54,11 @@ class Trap(pl.LightningModule):
             "mse": F.mse_loss(again.float(), batch.x),
             "tv": total_variation(again.float()),
         }
-        return {"loss": terms["ce"] + self.lambda_rec * (terms["mse"] + self.lambda_tv * terms["tv"]), **terms}
+        loss = terms["ce"] + self.lambda_rec * (terms["mse"] + self.lambda_tv * terms["tv"])
+        if self.pull:
+            loss = loss + (pull := self.pull(batch))
+            terms["latent"] = pull.detach()
+        return {"loss": loss, **terms}
 
     def configure_optimizers(self):
         return optimizers(self.parameters(), self.stage["optimizer"], self.stage["schedule"])
@@ -77,6 +86,7 @@ class TrapAndReplace(Defense):
     cut           the last module of the stem by name, in place of `head`
     decoder       widths of the reconstruction head's hidden layers, or null
     lambda_rec, lambda_tv   λ1 and λ2; lambda_rec=0 sets no trap (Table 8)
+    latent        μ, for attack=lba alone: such as 0.05, 0.5, 1; 0: the attacker poisons data and no more
     stages        both, trap (the head is kept) or replace (on the attacked net as it came: Table 4)
     trap, replace  epochs, batch, optimizer, schedule of each stage; replace: cutmix, label_smoothing, dropout
     recipe        code: dropout inside the head's last block alone; paper: behind that block, too
@@ -91,16 +101,17 @@ class TrapAndReplace(Defense):
 
     def __init__(
         self, net: nn.Module, *, head: int, cut: str | None, decoder: list | None, lambda_rec: float, lambda_tv: float,
-        stages: str, trap: dict, replace: dict, recipe: str,
+        latent: float, stages: str, trap: dict, replace: dict, recipe: str,
     ):  # fmt: skip
         one_of("defense.stages", stages, ("both", "trap", "replace"))
         one_of("defense.recipe", recipe, ("paper", "code"))
         for name, stage in (("trap", trap), ("replace", replace)):
             at_least_one(f"defense.{name}", epochs=stage["epochs"], batch=stage["batch"])
             try_out(f"defense.{name}", SimpleNamespace(**stage))
-        if min(lambda_rec, lambda_tv, cutmix := replace["cutmix"]) < 0:
+        if min(lambda_rec, lambda_tv, latent, cutmix := replace["cutmix"]) < 0:
             raise UserError(
-                f"defense.lambda_rec={lambda_rec}, lambda_tv={lambda_tv}, replace.cutmix={cutmix}: expected none below 0"
+                f"defense.lambda_rec={lambda_rec}, lambda_tv={lambda_tv}, latent={latent}, replace.cutmix={cutmix}: expected "
+                "none below 0"
             )
         if not 0 <= replace["dropout"] < 1 or not 0 <= replace["label_smoothing"] < 1:
             raise UserError(
@@ -108,10 +119,19 @@ class TrapAndReplace(Defense):
                 "expected 0 up to, but not, 1"
             )
         super().__init__(net)
-        self.lambda_rec, self.lambda_tv, self.stages = lambda_rec, lambda_tv, stages
+        self.lambda_rec, self.lambda_tv, self.latent, self.stages = lambda_rec, lambda_tv, latent, stages
+        self.attacker: Callable | None = None
         self.trap, self.replace, self.cut = trap, replace, places.choose_cut(net, head, cut)
         self.last = places.choose_cut(net, 1, None).at if recipe == "paper" else None
         self.decoder = Decoder(self.cut.shape, net.spec["shape"], decoder, self.cut.at)
+
+    def face(self, attack) -> None:
+        if self.latent and (not hasattr(attack, "latent") or self.stages == "replace"):
+            raise UserError(
+                f"defense.latent={self.latent}, stages={self.stages}: only attack=lba has a say in the trap's training, here "
+                f"it is {type(attack).__name__}; set it to 0, or take attack=lba and stages=both"
+            )
+        self.attacker = attack.latent if self.latent else None
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         if self.stages != "replace":
@@ -130,7 +150,8 @@ class TrapAndReplace(Defense):
         train = data.without_reserved()
         self.renew(("normalize", "body"))
         how = {"size": self.trap["batch"], "shuffle": True, "augment": True, "drop_last": True, "stage": 1}
-        stage = Trap(self.net, self.cut.at, self.decoder, self.lambda_rec, self.lambda_tv, self.trap)
+        pull = self.attacker and (lambda batch: self.latent * self.attacker(self.net, batch, train.poisoned[batch.index]))
+        stage = Trap(self.net, self.cut.at, self.decoder, self.lambda_rec, self.lambda_tv, self.trap, pull)
         make_trainer("trap", self.trap["epochs"]).fit(stage.train(), data.batches(train, **how))
         self.show(stage, train)
 
