@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bdx import grid
-from bdx.composer import Composer
+from bdx import grid, recipe
+from bdx.composer import Composer, resolve
 from bdx.configure import show
 from bdx.errors import UserError
 from bdx.grid import Cell
@@ -61,6 +61,17 @@ def made(row: dict, composer: Composer) -> str | None:
         return grid.ids(asked, composer, row["data_sha256"])[0]
     except UserError:  # a method or a key that is gone
         return None
+
+
+def of_today(row: dict, composer: Composer) -> bool:
+    """Whether the preset's configuration of today makes this detection's id."""
+    asked = (f"{k}={row[k]}" for k in ("detector", "attack", "seed"))
+    try:
+        plain = composer.plain((f"experiment={PRESET}", *asked, *words(row)))
+    except UserError:
+        return False
+    plain = resolve({k: v for k, v in plain.items() if k not in ("paths", "logger", "trainer")})
+    return recipe.digest(recipe.of_detection(plain, row["data_sha256"])) == row["id"]
 
 
 def settings(rows: list[dict], current: set[str], own=lambda word: True) -> list[Setting]:

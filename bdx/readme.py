@@ -8,14 +8,14 @@ import re
 import sys
 import textwrap
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
-from bdx import grid, metrics, recipe, results
-from bdx.chosen import PRESET, SCALE, Setting, first, ours, settings, words
+from bdx import grid, metrics, results
+from bdx.chosen import PRESET, SCALE, Setting, first, of_today, ours, settings, words
 from bdx.comparison import printed, retrained
-from bdx.composer import Composer, resolve
+from bdx.composer import Composer
 from bdx.configure import CONF, summary
 from bdx.errors import UserError
 from bdx.tables import number
@@ -146,8 +146,8 @@ def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
         numbers = s.scores("acc_before", "asr_before"), *(of.get(k, "–") for k in shown), images, seconds, str(len(s.rows))
         lines.append([f"`{s.attack}`", changed, *numbers, undefended(s.attack) or "–"])
     about = (
-        "The backdoors themselves, before any repair. Seconds are of one thread of a busy machine, of CPUs of three makes, and "
-        "with what the attack makes beforehand where that was not there yet: compare them within a run of `make bench` alone."
+        "The backdoors themselves, before any repair. Seconds are of one thread of busy CPUs of three makes, and of what is "
+        "made beforehand where that was not there yet: only `make bench` compares."
     )
     return "\n".join([textwrap.fill(about, 120), "", *rule(head, lines)])
 
@@ -170,30 +170,25 @@ def detections(_rows: list[dict], _current: set[str], composer: Composer) -> str
         scores = (number([r[k] for r in seeds if r[k] is not None], k) for k in ("auc", "tpr", "fpr"))
         return "{} ({} / {})".format(*scores) if seeds else "–"
 
+    days = sorted(r["finished"][:10] for r in kept)
     about = (
-        "Which images carry a trigger? AUC (TPR / FPR at the method's own threshold) in percent; judged is the poisoned "
-        "training set, or clean and triggered test images; or the net, by its largest anomaly index and how many classes it "
-        "flags."
+        f"{len(kept)} rows, seed {told(kept, 'seed')}; {told(kept, 'device')}; torch {told(kept, 'torch')}; {days[0]} to "
+        f"{days[-1]}. Which images carry a trigger? AUC (TPR / FPR at the method's own threshold) in percent; judged is the "
+        "poisoned training set, or clean and triggered test images; or the net, by its largest anomaly index and how many "
+        "classes it flags."
     )
     table = [[*of, *(cell(by[a]) for a in names)] for of, by in sorted(lines.items())]
     about = textwrap.fill(about, 120)
     return "\n".join([about, "", *rule(["detector", "changed keys", "judged", *(f"`{a}`" for a in names)], table)])
 
 
-def of_today(row: dict, composer: Composer) -> bool:
-    """Whether the preset's configuration of today makes this detection's id."""
-    asked = (f"{k}={row[k]}" for k in ("detector", "attack", "seed"))
-    try:
-        plain = composer.plain((f"experiment={PRESET}", *asked, *words(row)))
-    except UserError:
-        return False
-    plain = resolve({k: v for k, v in plain.items() if k not in ("paths", "logger", "trainer")})
-    return recipe.digest(recipe.of_detection(plain, row["data_sha256"])) == row["id"]
+def told(rows: list[dict], key: str) -> str:
+    return ", ".join(sorted({f"{r[key]:,}" if isinstance(r[key], int) else str(r[key]) for r in rows}))
 
 
 def measured_on(rows: list[dict], current: set[str]) -> str:
     """n, hardware, versions and dates of the rows."""
-    of = lambda key: ", ".join(sorted({f"{r[key]:,}" if isinstance(r[key], int) else str(r[key]) for r in rows}))
+    of = partial(told, rows)
     days = sorted(r["finished"][:10] for r in rows)
     what = summary(CONF / "experiment" / f"{PRESET}.yaml").partition(": ")[2].partition(";")[0]
     about = (
