@@ -12,6 +12,8 @@ from bdx.composer import Composer
 from bdx.forecast import estimate, spoken
 from bdx.grid import Cell
 
+CAME = grid.EXPERIMENTS / "results"  # the rows that travel with bdx
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -66,6 +68,8 @@ def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> No
     if todo:
         seconds = estimate(todo, plan.paths["results"], plan.stored, composer)
         say(f"time: {'no earlier row tells' if seconds is None else f'about {spoken(seconds)} of one slot, by earlier rows'}")
+    if came := sum(bool(c.run and results.find(CAME, c.run)) for c in todo):
+        say(f"rows: of {came} of these one came with bdx, which `bdx table` shows; they are measured here all the same")
     if any(c.run is None for c in runnable):
         say("images: not there yet, so nothing of this can be done; they are made or downloaded by the sweep itself")
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, ROW, paths
 
-from bdx import grid, results, sweep
+from bdx import grid, plan, results, sweep
 from bdx.composer import Composer
 from bdx.configure import compose
 from bdx.engines import engine, local
@@ -166,6 +167,19 @@ def test_a_mistake_ends_in_one_line_before_anything_runs(argv, match, shared, tm
     with pytest.raises(UserError, match=match) as e:
         sweep.sweep([*argv, f"paths.data={shared / 'data'}"])
     assert "\n" not in str(e.value)
+
+
+def test_the_plan_names_rows_that_came_with_bdx(tmp_path, monkeypatch):
+    """A table shows them; a sweep measures its own."""
+    words = ["attack=badnets", "defense=none,ft", *paths(tmp_path)]
+    found, said = plan.plan(grid.load(NAME), grid.scale("smoke"), words, Composer(), fetch=True), []
+    monkeypatch.setattr(plan, "CAME", tmp_path / "came")
+    plan.show(NAME, found, found.todo, Composer(), lambda line, **_: said.append(line))
+    assert not any(line.startswith("rows:") for line in said)
+    (tmp_path / "came").mkdir()
+    (tmp_path / "came" / f"{found.todo[0].run}.json").write_text(json.dumps(ROW | {"id": found.todo[0].run}))
+    plan.show(NAME, found, found.todo, Composer(), lambda line, **_: said.append(line))
+    assert "rows: of 1 of these one came with bdx, which `bdx table` shows; they are measured here all the same" in said
 
 
 @pytest.mark.parametrize("word", ["engine=foo", "slots=2", "foo=bar", "--dry-run"])
