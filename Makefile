@@ -33,7 +33,7 @@ test: $(STAMP)  ## the whole suite, at most 12 minutes on 2 cores
 test-fast: $(STAMP)  ## without what trains for longer, at most 3 minutes
 	$(BIN)/python -m pytest $(SPREAD) -m 'not slow and not engines and not effects'
 
-test-effects: $(STAMP)  ## trains every attack on digits until it works, 5 minutes on 2 cores
+test-effects: $(STAMP)  ## trains every attack on digits until it works, 6 to 10 minutes on 2 cores
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m effects tests/test_effects.py
 
 test-engines: $(STAMP)  ## sweeps on a SLURM and a Ray of this machine's own, which it installs as root (apt-get, pip)

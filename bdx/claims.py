@@ -15,8 +15,8 @@ def agreement(entries: list[Entry]) -> dict[str, float]:
     groups: dict[str, list[Entry]] = {}
     for e in entries:
         if e.cell.at.get("defense") != "none" and e.comparable:
-            others = {k: v for k, v in e.cell.at.items() if k not in ("attack", "seed") and k.split(".")[0] != "defense"}
-            where = ", ".join([e.cell.at.get("attack", ""), *(f"{k}={v}" for k, v in others.items())])
+            others = {k: v for k, v in e.cell.at.items() if k != "seed" and k.split(".")[0] != "defense"}
+            where = ", ".join(v if k == "attack" else f"{k}={v}" for k, v in others.items())
             groups.setdefault(where, []).append(e)
     found = {}
     for where, here in groups.items():
