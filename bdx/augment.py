@@ -15,9 +15,11 @@ from bdx.split import pixels
 
 @dataclass(frozen=True, kw_only=True)
 class Augment:
-    """What happens to a training batch, drawn per sample. crop: zero padding in pixels; flip: horizontal, at p = 1/2;
-    rotate: up to ± degrees; cutout: side of a square set to 0; cutmix: α of the Beta distribution, 0 is off."""
+    """What happens to a training batch, drawn per sample. zoom: the least share of the area that a window scaled back to the
+    image has, 1 is off; crop: zero padding in pixels; flip: horizontal, at p = 1/2; rotate: up to ± degrees; cutout: side of
+    a square set to 0; cutmix: α of the Beta distribution, 0 is off."""
 
+    zoom: float
     crop: int
     flip: bool
     rotate: float
@@ -25,6 +27,8 @@ class Augment:
     cutmix: float
 
     def __post_init__(self):
+        if not 0 < self.zoom <= 1:
+            raise UserError(f"dataset.augment.zoom={self.zoom}: expected more than 0, and at most 1 (off)")
         for key in ("crop", "rotate", "cutout", "cutmix"):
             if not 0 <= (value := getattr(self, key)) < math.inf:
                 raise UserError(f"dataset.augment.{key}={value}: expected 0 (off) or more")
@@ -36,6 +40,8 @@ class Augment:
         if self.flip:
             x = random_flip(x, g)
         x = pixels(x)
+        if self.zoom < 1:
+            x = random_zoom(x, self.zoom, g)
         if self.rotate:
             x = random_rotate(x, self.rotate, g)
         if self.cutout:
@@ -64,6 +70,19 @@ def random_crop(x: Tensor, pad: int, g: Generator) -> Tensor:
 def random_flip(x: Tensor, g: Generator) -> Tensor:
     flip = torch.rand(len(x), 1, 1, 1, generator=g, device=x.device) < 0.5
     return torch.where(flip, x.flip(-1), x)
+
+
+def random_zoom(x: Tensor, least: float, g: Generator) -> Tensor:
+    """x float. A window of `least` to all of the area and sides of 3:4 to 4:3, scaled back to the whole, bilinear: Inception's
+    crop (Szegedy et al. 2015), but that a window which reaches beyond the image is cut off and not drawn again."""
+    draw = torch.rand(4, len(x), generator=g, device=x.device)
+    area, sides = least + (1 - least) * draw[0], torch.exp((draw[1] * 2 - 1) * math.log(4 / 3) / 2)
+    high, wide = (area.sqrt() / sides).clamp(max=1), (area.sqrt() * sides).clamp(max=1)  # shares of the image's own sides
+    down, right = (1 - high) * (2 * draw[2] - 1), (1 - wide) * (2 * draw[3] - 1)  # of the centre, from -1 to 1
+    zero = torch.zeros_like(area)
+    rows = [torch.stack([wide, zero, right], 1), torch.stack([zero, high, down], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
 def random_rotate(x: Tensor, degrees: float, g: Generator) -> Tensor:

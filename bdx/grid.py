@@ -32,8 +32,8 @@ CANDIDATE = ("attack", "defense", "dataset", "arch", "train")  # groups whose ch
 @dataclass(frozen=True)
 class Table:
     """axes: key or group -> its values as words; printed: column of the CSV -> axis, or value -> {axis: value}. also: word of
-    a cell -> words that come with it. figure: what is drawn of the runs, a function of bdx.figures -> its options; empty: it
-    is a table."""
+    a cell, or several -> words that come with it. figure: what is drawn of the runs, a function of bdx.figures -> its
+    options; empty: it is a table."""
 
     name: str
     title: str
@@ -193,7 +193,8 @@ def whole(cell: Cell, scale: Scale, composer: Composer) -> Cell:
     if lacks := [w for w in cell.words if key(w) in CANDIDATE and w.partition("=")[2] not in choices(key(w))]:
         return replace(cell, lacks=", ".join(lacks))
     given = {key(w) for w in cell.words}
-    words = (*cell.words, *(w for word in cell.words for w in scale.also.get(word, ()) if key(w) not in given))
+    with_it = [w for of, more in scale.also.items() if set(of.split()) <= set(cell.words) for w in more]
+    words = (*cell.words, *(w for w in with_it if key(w) not in given))
     try:
         plain = composer.plain(words)
     except UserError as e:
@@ -201,6 +202,8 @@ def whole(cell: Cell, scale: Scale, composer: Composer) -> Cell:
     if without_poison(plain["attack"]["_target_"], plain["defense"]["_target_"]):
         of = next((w for w in words if key(w) == "attack"), "its attack")
         return replace(cell, lacks=f"a poisoned training set of {of}")
+    if (file := plain["dataset"]["reserved"]["generated"]) and not Path(file).is_file():
+        return replace(cell, lacks=f"dataset.reserved.generated={file}")
     given = {key(w) for w in words}
     short = [s for group in ("attack", "defense") for s in shorter(plain[group], group, scale.divide)]
     return replace(cell, words=(*words, *(f"{k}={n}" for k, n in short if k not in given)))

@@ -47,9 +47,11 @@ def header(path: Path) -> dict:
 
 def digest(arrays: dict) -> str:
     """SHA-256 of the four tensors' bytes, in the order of TENSORS. arrays: name -> numpy array."""
+    import numpy as np
+
     sha = hashlib.sha256()
     for name in TENSORS:
-        sha.update(arrays[name].tobytes())
+        sha.update(np.ascontiguousarray(arrays[name]))
     return sha.hexdigest()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,8 +18,9 @@ from bdx.errors import UserError
 VERSION = 1  # raise it when the meaning of a recipe changes, so that older artifacts are not taken for newer ones
 DRAW = 2  # how the reserved images are drawn; 1 was the attacks' own permutation, so that all of them had been poisoned
 PLUMBING = ("paths", "trainer", "logger", "eval", "hydra", "asked")
-SINCE = {"made": None, "latent": 0.0}  # later keys, and the value with which all is as before: no part of an id then
-CONTENT = ("file", "made")  # a user's files
+# later keys, and the value with which all is as before: no part of an id then
+SINCE = {"made": None, "latent": 0.0, "zoom": 1.0, "generated": None}
+CONTENT = ("file", "made", "generated")  # a user's files
 BACKDOOR = ("dataset", "arch", "attack", "train", "seed")
 
 
@@ -35,8 +37,16 @@ def canonical(node, key: str = ""):
     if key in CONTENT and isinstance(node, str):
         if not Path(node).is_file():
             raise UserError(f"{key}={node}: there is no such file")
-        return "sha256:" + hashlib.sha256(Path(node).read_bytes()).hexdigest()
+        stat = Path(node).stat()
+        return f"sha256:{content(node, stat.st_size, stat.st_mtime_ns)}"
     return node
+
+
+@cache
+def content(path: str, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file, read once for all cells of a sweep as long as size and time stay the same."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def digest(recipe: dict) -> str:

@@ -1,7 +1,7 @@
 """Speed as ratios within one run: both sides take turns on the same machine, so what disturbs one disturbs the other.
 
 On a CPU one thread's CPU seconds count (not its waits); with more threads, and on a GPU, wall time. Images are synthetic,
-of CIFAR's shape.
+of CIFAR's shape; `defenses` takes CIFAR-10 and a trained backdoor where the data's cache is at hand, and says which it took.
 """
 
 import argparse

@@ -10,9 +10,10 @@ from threading import Event, Thread
 
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from torch import nn
 
-from bdx.augment import Augment
+from bdx.augment import augmentation
 from bdx.backdoor import build_attack
 from bdx.configure import compose
 from bdx.datasets.base import ImageData
@@ -77,7 +78,8 @@ class Place:
     def images(self, n: int) -> ImageData:
         x = torch.randint(256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         split = Split.clean(x, torch.arange(n) % 10).to(self.device)
-        how = {"augment": Augment(crop=4, flip=True, rotate=0, cutout=0, cutmix=0), "reserved": split.y[:0], "seed": 0}
+        cifar = OmegaConf.to_container(compose([]).dataset.augment, resolve=True)
+        how = {"augment": augmentation("dataset.augment", cifar), "reserved": split.y[:0], "seed": 0}
         return ImageData(split, split, split, name="synthetic", classes=tuple("0123456789"), sha256="", held_out=False, **how)
 
     def attack(self, data: ImageData, *overrides: str):

@@ -7,6 +7,7 @@ from functools import partial
 from common import Figure, Place
 from omegaconf import DictConfig
 from passes import Count
+from victim import victim
 
 from bdx.configure import compose, options
 from bdx.errors import UserError
@@ -67,12 +68,10 @@ def one(place: Place, name: str, attack, data) -> Figure:
 
 
 def bench_defenses(place: Place) -> Iterator[Figure]:
-    """Every defense, one of each module, on one net and 2,500 images."""
-    data = place.images(place.pick(64, 2500, 2500))
-    width = f"arch.width={64 if place.gpu else 16}"
-    attack = place.attack(data, "attack=badnets", width, "train.epochs=1")
-    data = data.poisoned(attack.poison(data.train))
-    attack.fit(data, place.trainer)
+    """Every defense, one of each module, on one backdoored net and 2,500 images: CIFAR-10's, where its cache is at hand."""
+    repaired = victim(place)
+    attack, data = repaired.attack, repaired.data
+    yield Figure(f"defenses on {data.name}", len(data.clean), "images", note=repaired.about)
     left = {}
     for name in (names := parents()):
         try:
@@ -82,5 +81,6 @@ def bench_defenses(place: Place) -> Iterator[Figure]:
     others = [n for n in options("defense") if n not in names]
     why = "; ".join(f"{n}: {e}" for n, e in left.items())
     epochs = "all epochs" if place.full else "one epoch of each loop"
-    note = f"{epochs}, {width}; not run, as variants: {', '.join(others)}" + (f"; refused: {why}" if why else "")
+    width = attack.net.spec["arch"]["width"]
+    note = f"{epochs}, arch.width={width}; not run, as variants: {', '.join(others)}" + (f"; refused: {why}" if why else "")
     yield Figure("defenses run", len(names) - len(left), f"of {len(options('defense'))}", note=note)

@@ -21,8 +21,8 @@ PACKAGE = ROOT / "bdx"
 LINE = (
     "errors", "files", "split", "picture", "draws", "augment", "corruptions", "metrics", "polarizers", "conditioned", "decoder",
     "surgery", "sharpness", "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build",
-    "recipe", "imagefile", "store", "results", "configure", "declared", "agreement", "layout", "page", "composer", "checked",
-    "grid", "hardware",
+    "recipe", "imagefile", "sources", "store", "results", "configure", "declared", "agreement", "layout", "page", "composer",
+    "checked", "grid", "hardware",
 )  # fmt: skip
 FLOORS = (
     set(LINE),

@@ -28,7 +28,7 @@ from bdx.polarizers import OSAD, OSDN, STRUCTURES, Conv, ConvBN, Denoiser
 from bdx.store import SEAL, file_sha256, sheet_sha256
 
 ARCHS = names("arch")
-HEAVY = {"vgg19_bn", "vit_b_16", "torchvision"}
+HEAVY = {"vgg19", "vgg19_bn", "vit_b_16", "torchvision", "densenet161", "inception_v3"}
 NORMALIZE = {"mean": [0.5, 0.25, 0.0], "std": [0.5, 0.25, 1.0]}
 WITH_BN = ("conv_bn", "conv_bn_x2")
 
@@ -91,7 +91,10 @@ COUNTS = [
     (["resnet18"], 10, 11_689_512 - 513_000 + 5_130),  # torchvision's own count, another last layer
     (["resnet34"], 10, 21_797_672 - 513_000 + 5_130),
     (["vgg19_bn"], 10, 143_678_248 - 4_097_000 + 40_970),
+    (["vgg19"], 10, 143_667_240 - 4_097_000 + 40_970),
     (["torchvision", "arch.name=densenet161"], 10, 28_681_000 - 2_209_000 + 22_090),
+    (["densenet161"], 10, 28_681_000 - 2_209_000 + 22_090),
+    (["inception_v3"], 10, 27_161_264 - 3_326_696 - 2_049_000 + 20_490),  # without the head at the side
     (["timm"], 43, 11_689_512 - 513_000 + 513 * 43),
 ]
 
@@ -484,7 +487,14 @@ PLACES = {  # shallow, middle, third to last, penultimate, last, whole: counted 
     ("vgg19_bn",): (
         "features.3", "features.27", "features.43", "features.46", "features.49", "avgpool",
     ),
-    ("torchvision", "arch.name=densenet161"): (
+    ("vgg19",): (
+        "features.2", "features.19", "features.30", "features.32", "features.34", "avgpool",
+    ),
+    ("inception_v3",): (
+        "Conv2d_2a_3x3.conv", "Mixed_6c.branch7x7dbl_4.conv", "Mixed_7c.branch3x3dbl_3a.conv",
+        "Mixed_7c.branch3x3dbl_3b.conv", "Mixed_7c.branch_pool.conv", "avgpool",
+    ),
+    ("densenet161",): (
         "features.denseblock1.denselayer1.conv1", "features.denseblock3.denselayer21.conv2",
         "features.denseblock4.denselayer23.conv2", "features.denseblock4.denselayer24.conv1",
         "features.denseblock4.denselayer24.conv2", "features.norm5",

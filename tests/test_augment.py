@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator
 
-from bdx.augment import Augment, beta, random_crop, random_cutmix, random_cutout, random_flip, random_rotate
+from bdx.augment import Augment, beta, random_crop, random_cutmix, random_cutout, random_flip, random_rotate, random_zoom
 from bdx.split import pixels
 
 
@@ -28,13 +28,15 @@ def several() -> torch.Tensor:
 
 
 MIX = partial(random_cutmix, y=torch.arange(16) % 4, classes=4, alpha=1.0)
+ALL = {"zoom": 0.5, "crop": 2, "flip": True, "rotate": 10.0, "cutout": 2, "cutmix": 1.0}
 EACH = {
     "crop": lambda x, g: random_crop(x, 2, g),
     "flip": random_flip,
+    "zoom": lambda x, g: random_zoom(x.float(), 0.3, g),
     "rotate": lambda x, g: random_rotate(x.float(), 30, g),
     "cutout": lambda x, g: random_cutout(x.float(), 4, g),
     "cutmix": lambda x, g: MIX(x.float(), g=g)[0],
-    "all": lambda x, g: Augment(crop=2, flip=True, rotate=10.0, cutout=2, cutmix=1.0)(x, torch.arange(16) % 4, 4, g)[0],
+    "all": lambda x, g: Augment(**ALL)(x, torch.arange(16) % 4, 4, g)[0],
 }
 
 
@@ -200,6 +202,32 @@ def test_a_large_cutout_leaves_nothing():
     assert (random_cutout(torch.ones(8, 3, 8, 8), 16, seeded()) == 0).all()
 
 
+# zoom
+
+
+@pytest.mark.parametrize("least", [0.2, 0.9])
+def test_a_zoom_shows_a_window_of_the_image(least):
+    n, h, w = 512, 24, 40
+    down, right = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+    out = random_zoom(torch.stack([down, right, right])[None].repeat(n, 1, 1, 1), least, seeded())
+    inner = out[:, :, h // 4 : -h // 4, w // 4 : -w // 4]  # the border repeats where a window touches it
+    high, wide = inner[:, 0].diff(dim=1)[:, 0, 0] * h, inner[:, 1].diff(dim=2)[:, 0, 0] * w  # shares of the sides
+    assert torch.allclose(inner[:, 0], inner[:, 0, :, :1].expand_as(inner[:, 0]), atol=1e-5)  # upright
+    assert torch.allclose(
+        inner[:, 0].diff(dim=1), (high / h)[:, None, None].expand(n, inner.shape[2] - 1, inner.shape[3]), atol=1e-5
+    )
+    assert torch.equal(out[:, 1], out[:, 2])
+    area, sides = high * wide, wide / high
+    whole = (high < 0.999) & (wide < 0.999)  # not cut off
+    assert area.max() <= 1 + 1e-4
+    assert area[whole].min() >= least - 1e-4
+    assert sides[whole].min() >= 3 / 4 - 1e-3
+    assert sides[whole].max() <= 4 / 3 + 1e-3
+    middle = out[:, :2].mean((2, 3))
+    assert middle.mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.03)
+    assert middle.std(0).min() > 0.01
+
+
 # cutmix
 
 
@@ -246,7 +274,7 @@ def test_beta_has_its_moments(alpha):
 
 # together
 
-OFF = {"crop": 0, "flip": False, "rotate": 0.0, "cutout": 0, "cutmix": 0.0}
+OFF = {"zoom": 1.0, "crop": 0, "flip": False, "rotate": 0.0, "cutout": 0, "cutmix": 0.0}
 
 
 def test_all_off_is_the_image():
@@ -258,7 +286,7 @@ def test_all_off_is_the_image():
     assert torch.equal(g.get_state(), before)  # what is off draws nothing
 
 
-@pytest.mark.parametrize("on", [{"crop": 2}, {"flip": True}, {"rotate": 20.0}, {"cutout": 4}, {"cutmix": 1.0}])
+@pytest.mark.parametrize("on", [{"zoom": 0.5}, {"crop": 2}, {"flip": True}, {"rotate": 20.0}, {"cutout": 4}, {"cutmix": 1.0}])
 def test_each_switch_does_its_own(on):
     y = torch.arange(16) % 4
     x, labels = Augment(**OFF | on)(several(), y, 4, seeded())
@@ -275,6 +303,6 @@ def test_each_switch_does_its_own(on):
 
 def test_augment_names_every_argument():
     with pytest.raises(TypeError, match="cutmix"):
-        Augment(crop=0, flip=False, rotate=0.0, cutout=0)
+        Augment(zoom=1.0, crop=0, flip=False, rotate=0.0, cutout=0)
     with pytest.raises(TypeError, match="mixup"):
         Augment(**OFF, mixup=1.0)

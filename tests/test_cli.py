@@ -181,10 +181,13 @@ MISTAKES = [
     ("+train.optimizer.eps=inf", r"train\.optimizer\.eps=inf: expected a finite number"),
     ("dataset.normalize.mean=[nan,0,0]", r"dataset\.normalize\.mean=nan: expected a finite number"),
     ("dataset.normalize.mean=[a,b,c]", r"mean=\[a,b,c\]: expected a list, each a number, as \[0\.4914,"),
-    ("dataset.augment=null", r"dataset\.augment=null: expected a mapping, with the keys crop, flip, rotate, cutout, cutmix"),
+    (
+        "dataset.augment=null",
+        r"dataset\.augment=null: expected a mapping, with the keys zoom, crop, flip, rotate, cutout, cutmix",
+    ),
     ("dataset.augment=3", r"dataset\.augment=3: expected a mapping"),
     ("dataset.augment=[1]", r"dataset\.augment=\[1\]: expected a mapping"),
-    ("dataset.augment={a:1}", r"dataset\.augment\.a: no such key; dataset\.augment has crop, flip"),
+    ("dataset.augment={a:1}", r"dataset\.augment\.a: no such key; dataset\.augment has zoom, crop, flip"),
     ("++dataset.augment={corp:1}", r"dataset\.augment\.corp: no such key \(did you mean crop\?\)"),
     ("dataset.augment={crop:abc}", r"dataset\.augment\.crop=abc: expected a whole number, as 4"),
     ("train.augment=null", r"train\.augment=null: expected a mapping"),
@@ -264,7 +267,8 @@ IMPOSSIBLE = [
     (["dataset.augment.rotate=-1"], r"dataset\.augment\.rotate=-1: expected 0"),
     (["dataset.augment.cutout=-1"], r"dataset\.augment\.cutout=-1: expected 0"),
     (["dataset.augment.cutmix=-1"], r"dataset\.augment\.cutmix=-1: expected 0"),
-    (["train.augment={crop:1}"], r"train\.augment=.*expected all of crop, flip, rotate, cutout, cutmix and nothing else"),
+    (["dataset.augment.zoom=0"], r"dataset\.augment\.zoom=0: expected more than 0, and at most 1 \(off\)"),
+    (["train.augment={crop:1}"], r"train\.augment=.*expected all of zoom, crop, flip, rotate, cutout, cutmix and nothing else"),
 ]
 
 

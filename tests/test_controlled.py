@@ -26,7 +26,7 @@ QUICK = {
     "input_aware": ["attack.mask.epochs=2", "attack.widths=[8,8]"],
 }
 JOINT = ("lira", "input_aware")
-PLAIN = ["train.augment={crop: 0, flip: false, rotate: 0.0, cutout: 0, cutmix: 0.0}"]
+PLAIN = ["train.augment={zoom: 1.0, crop: 0, flip: false, rotate: 0.0, cutout: 0, cutmix: 0.0}"]
 
 
 def few(digits, n=64):

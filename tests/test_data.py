@@ -30,7 +30,7 @@ from bdx.split import Split, pieces, pixels
 
 SHARED = ROOT.parent / "shared"
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
-PLAIN = Augment(crop=0, flip=False, rotate=0.0, cutout=0, cutmix=0.0)
+PLAIN = Augment(zoom=1.0, crop=0, flip=False, rotate=0.0, cutout=0, cutmix=0.0)
 
 
 @functools.cache
@@ -213,18 +213,28 @@ def test_a_cache_that_another_tool_wrote_is_read(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["cifar10.safetensors"]
 
 
+REAL = {  # name -> pack, sizes, shape, images of the largest class, reserved ones of each class, some classes
+    "cifar10": ("cifar10", (50_000, 10_000), (3, 32, 32), 5000, 250, {0: "airplane"}),
+    "cifar100": ("cifar100", (50_000, 10_000), (3, 32, 32), 500, 25, {0: "apple", 99: "worm"}),
+    "gtsrb": ("gtsrb", (39_209, 12_630), (3, 32, 32), 2250, 45, {14: "stop", 42: "end of no overtaking by trucks"}),
+    "tiny_imagenet_40": ("tiny_imagenet_0", (20_000, 2_000), (3, 64, 64), 500, 25, {0: "goldfish"}),
+}
+
+
 @pytest.mark.slow
-def test_the_real_tool_and_bdx_agree(tmp_path):
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_tool_and_bdx_agree(name, tmp_path):
+    pack, sizes, shape, largest, each, some = REAL[name]
     script = SHARED / "tools" / "prepare_data.py"
-    if not (script.is_file() and (SHARED / "data" / "cifar10.npz").is_file()):
+    if not (script.is_file() and (SHARED / "data" / f"{pack}.npz").is_file()):
         pytest.skip(f"{script} or its packed images are not on this machine")
-    subprocess.run([sys.executable, script, "cifar10", "--out", tmp_path], check=True, capture_output=True)
-    head = imagefile.header(tmp_path / "cifar10.safetensors")
-    assert (head["sizes"], head["shape"]) == ((50_000, 10_000), (3, 32, 32))
-    data = read(tmp_path, "cifar10")
-    assert data.train.y.bincount().tolist() == [5000] * 10
-    assert data.clean.y.bincount().tolist() == [250] * 10
-    assert data.classes[0] == "airplane"
+    subprocess.run([sys.executable, script, name, "--out", tmp_path], check=True, capture_output=True)
+    head = imagefile.header(tmp_path / f"{name}.safetensors")
+    assert (head["sizes"], head["shape"]) == (sizes, shape)
+    data = read(tmp_path, name)
+    assert int(data.train.y.bincount().max()) == largest
+    assert set(data.clean.y.bincount().tolist()) == {each}
+    assert {i: data.classes[i] for i in some} == some
     raw = b"".join(p.numpy().tobytes() for p in (data.train.x, data.train.y, data.test.x, data.test.y))
     assert data.sha256 == hashlib.sha256(raw).hexdigest()
 
@@ -284,26 +294,28 @@ def test_a_header_without_what_it_must_hold_is_refused(spoil, tmp_path):
         read(tmp_path, "cifar10")
 
 
-# cifar10
+# cifar10, cifar100
 
 
 @pytest.mark.parametrize("error", [OSError("refused"), URLError("no route"), RuntimeError("File not found or corrupted.")])
-def test_cifar10_without_a_network_says_what_to_put_where(error, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100-python.tar.gz")])
+def test_cifar_without_a_network_says_what_to_put_where(name, archive, error, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
     with pytest.raises(UserError) as caught:
-        read(tmp_path, "cifar10")
+        read(tmp_path, name)
     said = str(caught.value)
-    for word in ("cifar-10-python.tar.gz", "cifar10.safetensors", f"into {tmp_path}", "BDX_DATA", "paths.data"):
+    for word in (archive, f"{name}.safetensors", f"into {tmp_path}", "BDX_DATA", "paths.data"):
         assert word in said
     assert not list(tmp_path.glob("*.safetensors"))
-    write_contract(tmp_path / "cifar10.safetensors")
-    assert len(read(tmp_path, "cifar10").train) == 200  # and then that is enough
+    write_contract(tmp_path / f"{name}.safetensors", dataset=name)
+    assert len(read(tmp_path, name).train) == 200  # and then that is enough
 
 
-def test_cifar10_is_turned_into_planes(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_turned_into_planes(name, tmp_path, monkeypatch):
     class Fake:
         def __init__(self, root, train, download):
             assert download
@@ -312,14 +324,19 @@ def test_cifar10_is_turned_into_planes(tmp_path, monkeypatch):
             self.data[:, 2, 5, 1] = 77  # row 2, column 5, green
             self.targets, self.classes = [i % 10 for i in range(n)], list("abcdefghij")
 
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", Fake)
-    data = read(tmp_path, "cifar10", "dataset.reserved.count=10")
+    monkeypatch.setattr(f"torchvision.datasets.{name.upper()}", Fake)
+    data = read(tmp_path, name, "dataset.reserved.count=10")
     assert data.train.x.shape == (40, 3, 32, 32)
     assert (data.test.x[:, 1, 2, 5] == 77).all()
     assert int(data.test.x.sum()) == 77 * 10
     assert data.train.y[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert data.classes == tuple("abcdefghij")
-    assert imagefile.header(tmp_path / "cifar10.safetensors")["sha256"] == data.sha256
+    assert imagefile.header(tmp_path / f"{name}.safetensors")["sha256"] == data.sha256
+
+
+def test_there_are_two_cifars(tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.source\.classes=20: expected 10 or 100"):
+        read(tmp_path, "cifar10", "dataset.source.classes=20")
 
 
 # folder
@@ -829,12 +846,12 @@ def test_which_augmentation_is_used(digits):
     assert torch.equal(first(PLAIN).x, plain.x)
     assert digits.augment.crop == 2
     assert not torch.equal(own.x, plain.x)
-    black = first(Augment(crop=0, flip=False, rotate=0.0, cutout=64, cutmix=0.0))
+    black = first(Augment(zoom=1.0, crop=0, flip=False, rotate=0.0, cutout=64, cutmix=0.0))
     assert (black.x == 0).all()
 
 
 def test_cutmix_makes_labels_probabilities(digits):
-    mixed = Augment(crop=0, flip=False, rotate=0.0, cutout=0, cutmix=1.0)
+    mixed = Augment(zoom=1.0, crop=0, flip=False, rotate=0.0, cutout=0, cutmix=1.0)
     batch = next(iter(digits.batches(digits.train, size=64, shuffle=True, augment=mixed)))
     assert batch.y.shape == (64, 10)
     assert torch.allclose(batch.y.sum(1), torch.ones(64))

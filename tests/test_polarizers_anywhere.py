@@ -23,6 +23,7 @@ NETS = {
     "mobilenet": ["arch=torchvision", "arch.name=mobilenet_v3_small"],
     "swin": ["arch=torchvision", "arch.name=swin_t"],
     "convnext": ["arch=torchvision", "arch.name=convnext_tiny"],
+    "inception": ["arch=inception_v3"],
     "densenet": ["arch=torchvision", "arch.name=densenet121"],
 }
 FAST = ("preact_resnet18", "wrn16_1", "vit_b_16")

@@ -160,6 +160,23 @@ def test_a_scale_shortens_an_attack_and_a_defense_and_replaces_the_net():
     assert set(cell.words) >= {"arch=vgg19_bn", "dataset=cifar10"}
 
 
+@pytest.mark.parametrize("name", grid.experiments())
+def test_a_printed_table_lacks_nothing_but_poisoned_sets_and_generated_images(name):
+    lacks = {c.lacks for c in cells(name, "paper") if c.lacks}
+    assert all(text.startswith(("a poisoned training set of ", "dataset.reserved.generated=")) for text in lacks), lacks
+
+
+def test_words_come_with_several_words_at_once():
+    """NPD's radius on Tiny ImageNet is twice that on CIFAR-10, which the other scales take in its place."""
+    wide = "defense.budget.radius=6.0"
+    for scale, defense, comes in (("paper", "npd", True), ("paper", "ibau", False), ("cpu", "npd", False)):
+        (cell,) = cells("npd2023/table02", scale, "attack=badnets", f"defense={defense}")
+        assert (wide in cell.words) == comes
+    (cell,) = cells("npd2023/table02", "paper", "attack=badnets", "defense=npd", "defense.budget.radius=4.0")
+    assert wide not in cell.words
+    assert {"dataset=tiny_imagenet", "train=paper_tiny"} <= set(cell.words)
+
+
 def test_what_bdx_does_not_have_is_named():
     by = {c.at["attack"]: c.lacks for c in cells("npd2023/table01", "smoke", "attack=badnets,nobody", "defense=npd")}
     assert by == {"badnets": None, "nobody": "attack=nobody"}
@@ -505,8 +522,8 @@ def test_a_mistake_is_answered_in_one_line(argv, match):
 
 
 @pytest.mark.parametrize(("words", "line"), [
-    (["d32024/table04"], "missing: defense=d3_generated"),
-    (["d32024/table04", "attack=badnets"], "missing: defense=d3_generated"),
+    (["d32024/table04"], "missing: 3 cells, for want of dataset.reserved.generated=data/part0.npz"),
+    (["d32024/table04", "attack=badnets"], "missing: 1 cells, for want of dataset.reserved.generated=data/part0.npz"),
     (["npd2023/table01", "attack=wanet", "defense=ep"], "missing: a poisoned training set of attack=wanet"),
     (["npd2023/table01", "attack=badnets,nobody", "defense=npd"], "missing: attack=nobody"),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 
-from bdx import imagefile
+from bdx import imagefile, sources
 from bdx.augment import Augment, augmentation
 from bdx.build import instantiate
 from bdx.errors import UserError
@@ -200,6 +200,16 @@ def verify(path: Path, head: dict, tensors: dict[str, Tensor], name: str) -> Non
         raise UserError(f"{path} does not match its checksum: altered, remove it and run `bdx data prepare {name}`")
 
 
+def synthetic(file: str, train: Split, classes: int, source: str) -> Split:
+    """The images of `file`, that a defender trusts in place of the data set's own (D3 Table 4)."""
+    if source != "train":
+        raise UserError(
+            f"dataset.reserved.generated={file} leaves the training set as it is: set dataset.reserved.source=train"
+        )
+    x, y = sources.generated(file, tuple(train.x.shape[1:]), classes)
+    return Split.clean(torch.from_numpy(x).to(train.x.device), torch.from_numpy(y).to(train.x.device))
+
+
 def load(cfg: dict, folder: Path | str, *, device, seed: int) -> ImageData:
     """cfg: a config of conf/dataset. The reserved set depends on the data, the sizes asked for and the seed alone."""
     path = cache_path(cfg, folder)
@@ -211,8 +221,11 @@ def load(cfg: dict, folder: Path | str, *, device, seed: int) -> ImageData:
     asked = cfg["reserved"]
     if asked["source"] not in ("train", "held_out"):
         raise UserError(f"dataset.reserved.source={asked['source']}: expected train or held_out")
-    index = reserve(train.y, ratio=asked["ratio"], count=asked["count"], balanced=asked["balanced"], seed=seed)
-    clean, here = train[index.to(train.x.device)], index.to(train.x.device)
+    pool = train if (file := asked["generated"]) is None else synthetic(file, train, len(classes), asked["source"])
+    k = round(asked["ratio"] * len(train)) if asked["count"] is None else asked["count"]
+    index = reserve(pool.y, ratio=asked["ratio"], count=k if file else asked["count"], balanced=asked["balanced"], seed=seed)
+    clean, here = pool[index.to(train.x.device)], index.to(train.x.device)
+    index = index if file is None else index[:0]  # none of the training images
     if held_out := asked["source"] == "held_out":
         kept = torch.ones(len(train), dtype=torch.bool, device=train.x.device)
         kept[here] = False

@@ -7,24 +7,25 @@ from pathlib import Path
 
 from bdx import imagefile
 from bdx.errors import UserError
+from bdx.sources import stack
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def listing(root: Path) -> dict[str, dict[str, list[Path]]]:
+def listing(root: Path, test: str = "test", first: int | None = None) -> dict[str, dict[str, list[Path]]]:
     """split -> class -> image files, sorted. Raises UserError for missing splits, empty classes and class mismatches."""
     found = {}
-    for split in ("train", "test"):
+    for split in ("train", test):
         if not (root / split).is_dir():
-            raise UserError(f"{root} has no folder {split}/: expected {root}/train/CLASS/*.png and {root}/test/CLASS/*.png")
-        classes = sorted(p for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))
+            raise UserError(f"{root} has no folder {split}/: expected {root}/train/CLASS/*.png and {root}/{test}/CLASS/*.png")
+        classes = sorted(p for p in (root / split).iterdir() if p.is_dir() and not p.name.startswith("."))[:first]
         found[split] = {c.name: sorted(p for p in c.rglob("[!.]*") if p.suffix.lower() in ENDINGS) for c in classes}
         if not found[split]:
             raise UserError(f"{root / split} has no class folders")
         if empty := [c for c, files in found[split].items() if not files]:
             raise UserError(f"{root / split}: no images in class {', '.join(empty)} (endings: {' '.join(sorted(ENDINGS))})")
-    if odd := sorted(set(found["train"]) ^ set(found["test"])):
-        raise UserError(f"{root}: class {', '.join(odd)} is in only one of train/ and test/; both need the same classes")
+    if odd := sorted(set(found["train"]) ^ set(found[test])):
+        raise UserError(f"{root}: class {', '.join(odd)} is in only one of train/ and {test}/; both need the same classes")
     return found
 
 
@@ -39,53 +40,30 @@ def fingerprint(found: dict, size: int) -> str:
     return sha.hexdigest()
 
 
-def read(p: Path, size: int):
-    """-> (3, size, size) uint8; the image is scaled as a whole, not cropped."""
+def make(path: Path, found: dict, size: int, name: str) -> None:
     import numpy as np
-    from PIL import Image
 
-    with Image.open(p) as image:
-        if image.mode.startswith("I"):  # grey of 16 bits, which Pillow would clip instead of scaling
-            image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
-        small = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3)
-    return np.asarray(small).transpose(2, 0, 1)
-
-
-def stack(classes: dict[str, list[Path]], size: int):
-    import numpy as np
-    from PIL.Image import DecompressionBombError
-    from rich.progress import track
-
-    images, labels, broken = [], [], []
-    files = [(label, p) for label, name in enumerate(classes) for p in classes[name]]
-    for label, p in track(files, f"reading {len(files)} images", transient=True):
-        try:
-            images.append(read(p, size))
-            labels.append(label)
-        except (OSError, ValueError, SyntaxError, DecompressionBombError) as e:
-            broken.append(f"{p} ({e})")
-    if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise UserError(f"unreadable images: {'; '.join(broken[:5])}{more}; remove or replace them")
-    return np.stack(images), np.asarray(labels, dtype=np.int64)
-
-
-def make(path: Path, found: dict, size: int) -> None:
-    parts = [a for split in ("train", "test") for a in stack(found[split], size)]
+    parts = []
+    for classes in found.values():
+        parts.append(stack([p for files in classes.values() for p in files], size, gap=3))
+        parts.append(np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in classes.values()]))
     arrays = dict(zip(imagefile.TENSORS, parts, strict=True))
-    imagefile.write(
-        path, arrays, dataset="folder", classes=list(found["train"]), source="folder", listing=fingerprint(found, size)
-    )
+    imagefile.write(path, arrays, dataset=name, classes=list(found["train"]), source="folder", listing=fingerprint(found, size))
 
 
-def cache(folder: Path, *, root: str | None, size: int) -> Path:
-    """The cache in `folder`, made on first use and again whenever the images have changed."""
+def cache(folder: Path, *, name: str, root: str | None, size: int, test: str, first: int | None) -> Path:
+    """The cache in `folder`, made on first use and again whenever the images have changed. test: the folder of the test
+    images; first: how many classes, in the order of their names, null for all."""
     if root is None:
-        raise UserError("dataset=folder needs dataset.source.root=PATH with train/CLASS/*.png and test/CLASS/*.png below")
+        raise UserError(f"dataset={name} needs dataset.source.root=PATH with train/CLASS/*.png and {test}/CLASS/*.png below")
+    if first is not None and first < 2:
+        raise UserError(f"dataset.source.first={first}: expected 2 classes or more, or null for all")
     place = Path(root).expanduser().resolve()
-    found = listing(place)
+    found = listing(place, test, first)
     wanted = fingerprint(found, size)
-    name = f"folder-{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}-{size}.safetensors"
+    about = "".join(f"-{part}" for part in (place.name, hashlib.sha256(str(place).encode()).hexdigest()[:8], size))
     return imagefile.ensure(
-        folder / name, lambda path: make(path, found, size), fresh=lambda head: head.get("listing") == wanted
+        folder / f"{name}{about}.safetensors",
+        lambda path: make(path, found, size, name),
+        fresh=lambda head: head.get("listing") == wanted,
     )

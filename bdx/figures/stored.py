@@ -72,6 +72,8 @@ class Stored:
         data = datasets.load(self.cfg["dataset"], self.paths["data"], device="cpu", seed=self.row["seed"])
         if data.sha256 != (wanted := self.row["data_sha256"]):
             raise UserError(f"{self.id} was run on other images (sha256 {wanted[:12]}) than these (sha256 {data.sha256[:12]})")
+        if self.cfg["dataset"]["reserved"]["generated"]:
+            return data
         reserved = torch.tensor(archs.sheet(self.folder)["reserved"])
         return replace(data, clean=data.train[reserved], reserved=reserved)
 
@@ -83,7 +85,8 @@ class Stored:
         net = archs.build(how["arch"], **how["dataset"]["normalize"], **about)
         since = {k: v for k, v in recipe.SINCE.items() if k in self.cfg["attack"]}
         attack = since | how["attack"] | self.file(how["attack"])
-        attack = instantiate(attack, net=net, recipe=instantiate(how["train"]), seed=how["seed"], **about)
+        train = how["train"] | {"augment": {"zoom": recipe.SINCE["zoom"]} | how["train"]["augment"]}
+        attack = instantiate(attack, net=net, recipe=instantiate(train), seed=how["seed"], **about)
         attack.load_state_dict({k: v for k, v in self.backdoor.tensors.items() if not k.startswith("split.")})
         return attack.eval()
 
