@@ -21,7 +21,7 @@ from bdx.build import instantiate
 from bdx.configure import compose, options
 from bdx.datasets import base as datasets
 from bdx.errors import UserError
-from bdx.readme import undefended
+from bdx.overview import undefended
 from bdx.recipe import canonical
 from bdx.store import Store
 from bdx.training import accelerate

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROW, TINY, build_attack, paths
 
-from bdx import readme, recipe
+from bdx import overview, recipe
 from bdx.configure import compose
 from bdx.split import Split
 from bdx.store import Store
@@ -118,12 +118,12 @@ def test_a_damaged_artifact_is_not_shown(kept, capsys, monkeypatch):
 def test_the_readme_takes_what_triggers_look_like_from_that_table(tmp_path, monkeypatch):
     row = {"attack": "badnets", "backdoor": "b", "acc_before": 0.9, "asr_before": 0.95, "n_poisoned": 5, "seconds_attack": 7}
     row |= {"id": "0", "finished": "2026", "seed": 0}
-    monkeypatch.setattr(readme.grid, "EXPERIMENTS", tmp_path)
-    monkeypatch.setattr(readme, "undefended", lambda attack: "NPD 91.82 / 93.79")
-    assert "L2" not in readme.attacks([row], set(), None)
+    monkeypatch.setattr(overview.grid, "EXPERIMENTS", tmp_path)
+    monkeypatch.setattr(overview, "undefended", lambda attack: "NPD 91.82 / 93.79")
+    assert "L2" not in overview.attacks([row], set(), None)
     (tmp_path / "results").mkdir()
-    head = ["attack", "backdoor", *readme.LOOKS]
+    head = ["attack", "backdoor", *overview.LOOKS]
     (tmp_path / "results" / "triggers_cifar10.csv").write_text(f"{','.join(head)}\nbadnets,b,2.83,255,27.7,0.974\n")
-    last = readme.attacks([row, row | {"attack": "sig", "backdoor": "c"}], set(), None).splitlines()[-2:]
+    last = overview.attacks([row, row | {"attack": "sig", "backdoor": "c"}], set(), None).splitlines()[-2:]
     assert last[0] == "| `badnets` |  | 90.00 / 95.00 | 2.83 | 255 | 27.7 | 0.974 | 5 | 7 | 1 | NPD 91.82 / 93.79 |"
     assert last[1].startswith("| `sig` |  | 90.00 / 95.00 | – | – | – | – | 5")

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, ROW
 from test_tables import cells, row
 
-from bdx import chosen, grid, readme, recipe, results
+from bdx import chosen, grid, overview, readme, recipe, results
 from bdx.composer import Composer
 from bdx.configure import compose
 from bdx.errors import UserError
@@ -14,7 +14,8 @@ from bdx.errors import UserError
 COMPOSER = Composer()
 EMPTY = (
     "a\n<!-- table:cpu_scale -->\nold\n<!-- /table -->\nb\n<!-- table:cpu_scale_attacks -->\n<!-- /table -->\n"
-    "<!-- table:cpu_scale_detections -->\n<!-- /table -->\n<!-- table:cpu_scale_matrix -->\n<!-- /table -->\nc\n"
+    "<!-- table:cpu_scale_detections -->\n<!-- /table -->\n<!-- table:cpu_scale_matrix -->\n<!-- /table -->\n"
+    "<!-- table:other_images -->\n<!-- /table -->\nc\n"
 )
 
 NAME = "npd2023/table01"
@@ -87,7 +88,7 @@ def test_means_over_seeds_stand_beside_the_printed_number():
 
 
 def test_backdoors_are_shown_as_the_newest_row_found_them(monkeypatch):
-    monkeypatch.setattr(readme, "trigger_looks", dict)  # a table of them lies beside the rows or not
+    monkeypatch.setattr(overview, "trigger_looks", dict)  # a table of them lies beside the rows or not
     late = COMMON | {"finished": "2026-11-22T00:00:00+00:00", "acc_before": 0.5, "seconds_attack": 90.0}
     rows = [measured("badnets", "npd"), measured("badnets", "none", acc_before=0.7), measured("badnets", "npd_tp", **late)]
     _, _, line = table(written(rows), "cpu_scale_attacks")
@@ -139,7 +140,7 @@ def test_detections_stand_by_detector_and_attack_and_those_of_older_recipes_are_
         return found | dict(w.split("=") for w in asked) | other
 
     folder = tmp_path / "results" / "detections"
-    monkeypatch.setattr(readme.grid, "EXPERIMENTS", tmp_path)
+    monkeypatch.setattr(grid, "EXPERIMENTS", tmp_path)
     assert "No detection has been measured yet." in written([measured("badnets", "npd")])
     folder.mkdir(parents=True)
     for of in (
@@ -152,6 +153,25 @@ def test_detections_stand_by_detector_and_attack_and_those_of_older_recipes_are_
     assert lines == [
         ["`ac`", "", "train, 50,000", "90.00 (50.00 / 25.00)", "40.00 (50.00 / 25.00)"],
         ["`ac`", "`detector.reduce=pca`", "train, 50,000", "–", "70.00 (50.00 / 25.00)"],
+    ]
+
+
+def test_rows_on_other_images_have_a_table_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "EXPERIMENTS", tmp_path)
+    name = "other_images"
+    assert "No row on other images has been measured yet." in written([measured("badnets", "npd")])
+    for i, scores in enumerate(({"acc": 0.5, "seed": 0}, {"acc": 0.7, "seed": 1}, {"defense": "none"}, {"dataset": "cifar10"})):
+        base = measured("badnets", "npd") | {"dataset": "gtsrb", "id": f"{i:016}", "n_test": 12630}
+        results.write(tmp_path / "results", base | scores)
+    head, _, line = table(written([measured("badnets", "npd")]), name)
+    assert head[:3] == ["images, net, training", "attack, ACC / ASR before", "defense"]
+    assert line[0] == "`gtsrb`, `preact_resnet18`, `fast`"
+    assert line[2:] == [
+        "`npd`",
+        "`epochs=17`, `warmup_epochs=2`",
+        "60.00 ± 14.14 / 10.00 ± 0.00 / 75.00 ± 0.00",
+        "90.00 ± 0.00",
+        "2",
     ]
 
 
@@ -172,12 +192,12 @@ def test_a_marker_that_is_wrong_or_missing_is_named(tmp_path):
 
 
 def test_trap_and_replace_is_compared_with_its_own_triggers():
-    known = readme.in_print()
+    known = overview.in_print()
     of = grid.load("tnr2022/table01").rows
     (asr,) = (float(r["value"]) for r in of if (r["attack"], r["defense"], r["metric"]) == ("badnet_white", "tnr", "ASR"))
-    assert f" {asr:.2f}, " in readme.theirs("badnets", "tnr", known)
-    assert readme.theirs("badnets", "anp", known).startswith("NPD: ")  # all three print it
-    assert readme.theirs("badnets", "fst", known) == "–"
+    assert f" {asr:.2f}, " in overview.theirs("badnets", "tnr", known)
+    assert overview.theirs("badnets", "anp", known).startswith("NPD: ")  # all three print it
+    assert overview.theirs("badnets", "fst", known) == "–"
 
 
 def test_the_file_is_written_whole_and_a_missing_one_is_named(tmp_path, capsys, monkeypatch):
