@@ -176,27 +176,28 @@ def detections(_rows: list[dict], _current: set[str], composer: Composer) -> str
 
 
 def elsewhere(_rows: list[dict], _current: set[str], composer: Composer) -> str:
-    """A line for each setting that was measured on other images than the preset's."""
+    """A line for each setting that was measured on images other than the preset's."""
     preset = composer.plain((f"experiment={PRESET}",))["names"]
     kept = [r for r in results.rows(grid.EXPERIMENTS / "results") if r["dataset"] != preset["dataset"]]
     if not kept:
         return "No row on other images has been measured yet."
     lines = []
-    for name in sorted({(r["dataset"], r["arch"], r["train"]) for r in kept}):
-        of = [r for r in kept if (r["dataset"], r["arch"], r["train"]) == name and r["defense"] != "none"]
+    where = lambda r: (r["dataset"], r["arch"], r["train"], *([f"experiment={r['experiment']}"] if "experiment" in r else []))
+    for name in sorted({where(r) for r in kept}):
+        of = [r for r in kept if where(r) == name and r["defense"] != "none"]
         for s in settings(of, set()):
             before, changed = (
                 s.scores("acc_before", "asr_before"),
                 ", ".join(f"`{w.removeprefix('defense.')}`" for w in s.changed),
             )
-            head = f"`{name[0]}`, `{name[1]}`, `{name[2]}`", f"`{s.attack}` {before}", f"`{s.defense}`", changed
+            head = ", ".join(f"`{part}`" for part in name), f"`{s.attack}` {before}", f"`{s.defense}`", changed
             lines.append([*head, s.scores("acc", "asr", "ra"), s.scores("der"), str(len(s.rows))])
     days = sorted(r["finished"][:10] for r in kept)
     about = (
         f"{len(kept)} rows, seed {told(kept, 'seed')}; {told(kept, 'n_test')} test images; {told(kept, 'device')}; torch "
-        f"{told(kept, 'torch')}; {days[0]} to {days[-1]}. The net and its training are those of `experiment={PRESET}`."
+        f"{told(kept, 'torch')}; {days[0]} to {days[-1]}. In percent."
     )
-    head = ["images, net, training", "attack, ACC / ASR before", *REPAIRS[1:-1]]
+    head = ["images, net, recipe", "attack, ACC / ASR before", *REPAIRS[1:-1]]
     return "\n".join([textwrap.fill(about, 120), "", *rule(head, lines)])
 
 

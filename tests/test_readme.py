@@ -161,11 +161,11 @@ def test_rows_on_other_images_have_a_table_of_their_own(tmp_path, monkeypatch):
     name = "other_images"
     assert "No row on other images has been measured yet." in written([measured("badnets", "npd")])
     for i, scores in enumerate(({"acc": 0.5, "seed": 0}, {"acc": 0.7, "seed": 1}, {"defense": "none"}, {"dataset": "cifar10"})):
-        base = measured("badnets", "npd") | {"dataset": "gtsrb", "id": f"{i:016}", "n_test": 12630}
+        base = measured("badnets", "npd") | {"dataset": "gtsrb", "id": f"{i:016}", "n_test": 12630, "experiment": "cpu_scale"}
         results.write(tmp_path / "results", base | scores)
     head, _, line = table(written([measured("badnets", "npd")]), name)
-    assert head[:3] == ["images, net, training", "attack, ACC / ASR before", "defense"]
-    assert line[0] == "`gtsrb`, `preact_resnet18`, `fast`"
+    assert head[:3] == ["images, net, recipe", "attack, ACC / ASR before", "defense"]
+    assert line[0] == "`gtsrb`, `preact_resnet18`, `fast`, `experiment=cpu_scale`"
     assert line[2:] == [
         "`npd`",
         "`epochs=17`, `warmup_epochs=2`",
