@@ -41,7 +41,7 @@ class Augment:
             x = random_flip(x, g)
         x = pixels(x)
         if self.zoom < 1:
-            x = random_zoom(x, self.zoom, g)
+            x = random_resized_crop(x, self.zoom, g)
         if self.rotate:
             x = random_rotate(x, self.rotate, g)
         if self.cutout:
@@ -72,17 +72,17 @@ def random_flip(x: Tensor, g: Generator) -> Tensor:
     return torch.where(flip, x.flip(-1), x)
 
 
-def random_zoom(x: Tensor, least: float, g: Generator) -> Tensor:
-    """x float. A window of `least` to all of the area and sides of 3:4 to 4:3, scaled back to the whole, bilinear: Inception's
-    crop (Szegedy et al. 2015), but that a window which reaches beyond the image is cut off and not drawn again."""
-    draw = torch.rand(4, len(x), generator=g, device=x.device)
-    area, sides = least + (1 - least) * draw[0], torch.exp((draw[1] * 2 - 1) * math.log(4 / 3) / 2)
-    high, wide = (area.sqrt() / sides).clamp(max=1), (area.sqrt() * sides).clamp(max=1)  # shares of the image's own sides
-    down, right = (1 - high) * (2 * draw[2] - 1), (1 - wide) * (2 * draw[3] - 1)  # of the centre, from -1 to 1
-    zero = torch.zeros_like(area)
-    rows = [torch.stack([wide, zero, right], 1), torch.stack([zero, high, down], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+def random_resized_crop(x: Tensor, scale: float, g: Generator, mode: str = "bilinear") -> Tensor:
+    """x float. A box of area U(scale, 1) and log-uniform side ratio from 3:4 to 4:3, no side longer than the image's, scaled
+    up to the image's size (Szegedy et al. 2015, who draw a box anew that does not fit)."""
+    draw = lambda low: low + (1 - low) * torch.rand(len(x), generator=g, device=x.device)
+    area, ratio = draw(scale), (draw(-1) * torch.tensor(4 / 3).log()).exp()
+    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    cx, cy = (1 - w) * draw(-1), (1 - h) * draw(-1)
+    zero = torch.zeros_like(w)
+    theta = torch.stack([torch.stack([w, zero, cx], 1), torch.stack([zero, h, cy], 1)], 1)
+    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode=mode, padding_mode="border", align_corners=False).clamp(0, 1)
 
 
 def random_rotate(x: Tensor, degrees: float, g: Generator) -> Tensor:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from bdx.augment import random_flip
+from bdx.augment import random_flip, random_resized_crop
 from bdx.errors import UserError
 from bdx.split import pixels
 
@@ -47,7 +46,7 @@ class View:
 
     def __call__(self, x: Tensor, y: Tensor, classes: int, g: Generator) -> tuple[Tensor, Tensor]:
         """x (N,C,H,W) uint8 -> float in [0,1]; y as it came."""
-        x = random_flip(random_resized_crop(pixels(x), self.scale, g), g)
+        x = random_flip(random_resized_crop(pixels(x), self.scale, g, mode="bicubic"), g)
         if x.shape[1] == 3:
             some = chance(x, self.jitter_p, g)
             x = torch.where(some, jittered(x, self.jitter, self.hue, g), x)
@@ -74,17 +73,6 @@ def uniform(x: Tensor, low: float, high: float, g: Generator) -> Tensor:
 
 def chance(x: Tensor, p: float, g: Generator) -> Tensor:
     return uniform(x, 0, 1, g) < p
-
-
-def random_resized_crop(x: Tensor, scale: float, g: Generator) -> Tensor:
-    """A box of area U(scale, 1) and log-uniform side ratio, no side longer than the image's, scaled up bicubically."""
-    area, ratio = uniform(x, scale, 1, g).flatten(), (uniform(x, -1, 1, g).flatten() * torch.tensor(4 / 3).log()).exp()
-    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    cx, cy = ((1 - side) * uniform(x, -1, 1, g).flatten() for side in (w, h))
-    zero = torch.zeros_like(w)
-    theta = torch.stack([torch.stack([w, zero, cx], 1), torch.stack([zero, h, cy], 1)], 1)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
 
 
 def grey(x: Tensor) -> Tensor:

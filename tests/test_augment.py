@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Generator
 
-from bdx.augment import Augment, beta, random_crop, random_cutmix, random_cutout, random_flip, random_rotate, random_zoom
+from bdx.augment import (
+    Augment,
+    beta,
+    random_crop,
+    random_cutmix,
+    random_cutout,
+    random_flip,
+    random_resized_crop,
+    random_rotate,
+)
 from bdx.split import pixels
 
 
@@ -32,7 +41,7 @@ ALL = {"zoom": 0.5, "crop": 2, "flip": True, "rotate": 10.0, "cutout": 2, "cutmi
 EACH = {
     "crop": lambda x, g: random_crop(x, 2, g),
     "flip": random_flip,
-    "zoom": lambda x, g: random_zoom(x.float(), 0.3, g),
+    "zoom": lambda x, g: random_resized_crop(x.float() / 255, 0.3, g),
     "rotate": lambda x, g: random_rotate(x.float(), 30, g),
     "cutout": lambda x, g: random_cutout(x.float(), 4, g),
     "cutmix": lambda x, g: MIX(x.float(), g=g)[0],
@@ -209,7 +218,7 @@ def test_a_large_cutout_leaves_nothing():
 def test_a_zoom_shows_a_window_of_the_image(least):
     n, h, w = 512, 24, 40
     down, right = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
-    out = random_zoom(torch.stack([down, right, right])[None].repeat(n, 1, 1, 1), least, seeded())
+    out = random_resized_crop(torch.stack([down, right, right])[None].repeat(n, 1, 1, 1), least, seeded())
     inner = out[:, :, h // 4 : -h // 4, w // 4 : -w // 4]  # the border repeats where a window touches it
     high, wide = inner[:, 0].diff(dim=1)[:, 0, 0] * h, inner[:, 1].diff(dim=2)[:, 0, 0] * w  # shares of the sides
     assert torch.allclose(inner[:, 0], inner[:, 0, :, :1].expand_as(inner[:, 0]), atol=1e-5)  # upright
