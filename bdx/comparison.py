@@ -184,7 +184,7 @@ def means(rows: list[dict], rule: str) -> dict[str, float]:
 
 
 def less_is_better(metric: str) -> bool:
-    return metric == "asr" or metric.startswith("seconds")
+    return metric == "asr" or metric.startswith("seconds") or metric.endswith("_mse")
 
 
 def marks(entries: list[Entry], metric: str) -> dict[int, str]:

@@ -49,6 +49,8 @@ def cells_of(name: str, argv: list[str]) -> tuple[list[tuple[str, ...]], list[st
         raise UserError(
             f"{unknown[0]}: expected key=value beside a table; `bdx sweep {name} --dry-run` shows it and runs nothing"
         )
+    if "logger=wandb" in words and not any(w.startswith("logger.group=") for w in words):
+        words.append(f"logger.group={name}")  # as `bdx sweep`
     table, size = grid.load(name), next((w.partition("=")[2] for w in given if grid.key(w) == "scale"), "paper")
     cells = grid.cells(table, grid.scale(size), words, Composer())
     grid.configured(table, cells, words)  # says what is wrong in them

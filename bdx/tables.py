@@ -25,31 +25,49 @@ WORDS = """
 """
 
 
+def unit(metric: str) -> tuple[int, int]:
+    """What a measured value is multiplied by, and its digits: most are fractions, shown in percent."""
+    if metric.startswith("seconds"):
+        return 1, 2
+    return (1, 4) if metric.endswith("_mse") else (100, 2)
+
+
 def number(values: list[float], metric: str) -> str:
-    """Mean ± sd over seeds; percent, or seconds."""
+    """Mean ± sd over seeds, in the metric's unit."""
     if not values:
         return "–"
-    factor = 1 if metric.startswith("seconds") else 100
-    tail = f" ± {factor * stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{factor * mean(values):.2f}{tail}"
+    factor, digits = unit(metric)
+    tail = f" ± {factor * stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{factor * mean(values):.{digits}f}{tail}"
+
+
+def in_print(entry: Entry, metric: str) -> str:
+    """The printed number, with its deviation where that is printed too."""
+    if (theirs := entry.paper.get(metric)) is None:
+        return "–"
+    _, digits = unit(metric)
+    spread = entry.paper.get(f"{metric}_std")
+    return f"{theirs:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
 
 
 def fields(entry: Entry, metrics_: list[str], marked: dict[str, dict[int, str]]) -> list[Text]:
     found = []
     for metric in metrics_:
         values, theirs = entry.values(metric), entry.paper.get(metric)
-        factor = 1 if metric.startswith("seconds") else 100
-        gap = f"{factor * mean(values) - theirs:+.2f}" if values and theirs is not None and entry.comparable else "–"
+        factor, digits = unit(metric)
+        gap = f"{factor * mean(values) - theirs:+.{digits}f}" if values and theirs is not None and entry.comparable else "–"
         mark = marked.get(metric, {}).get(id(entry), "")
-        found += [Text(number(values, metric), mark), Text("–" if theirs is None else f"{theirs:.2f}"), Text(gap)]
+        found += [Text(number(values, metric), mark), Text(in_print(entry, metric)), Text(gap)]
     return found
 
 
 def laid_out(table: Table, entries: list[Entry]) -> tuple[list[str], list[list[Text]]]:
     """Head and rows, by attack, the averages last."""
     axes = [a for a in table.axes if a != "seed"]
-    extra = [table.claim["metric"]] if table.claim["metric"] not in SCORES and not table.of_picture else []
-    names = [*SCORES, *extra]
+    prints = {m for e in entries for m in e.paper if not m.endswith("_std")} | (
+        set() if table.of_picture else {table.claim["metric"]}
+    )
+    names = [*SCORES, *sorted(prints - set(SCORES))]
     head = [*axes, *(h for m in names for h in (m.upper() if m in SCORES else m, *BESIDE)), "n"]
     rows = []
     for group in by_attack([*entries, *averages(table, entries)]):

@@ -41,6 +41,14 @@ def names(group: str) -> list[str]:
     return options(group)
 
 
+def target(group: str, name: str) -> str:
+    """The class of a choice: its YAML's, or else that of the choice it starts from."""
+    from omegaconf import OmegaConf
+
+    node = OmegaConf.load(CONF / group / f"{name}.yaml")
+    return node.get("_target_") or target(group, node.defaults[0])
+
+
 def paths(root: Path) -> list[str]:
     return [f"paths.data={root / 'data'}", f"paths.out={root / 'out'}"]
 

@@ -22,6 +22,7 @@ from conftest import ROOT, TINY, names, paths
 
 from bdx.cli import main
 from bdx.configure import groups, options
+from bdx.errors import UserError
 from bdx.screen import Screen
 
 SMALL = [*TINY, "dataset.source.size=16", "train.epochs=1", "attack=none", "defense=none"]
@@ -629,6 +630,20 @@ def test_a_table_by_multirun_takes_no_word_that_it_would_drop(bdx, pretended, wo
     said = bdx("-m", "+npd2023=table01", "scale=smoke", *paths(tmp_path), *words.split())
     refused(said, rf"{words.split()[0]}: expected key=value beside a table; `bdx sweep npd2023/table01 --dry-run` shows it")
     assert pretended == []
+
+
+def test_a_table_by_multirun_is_one_group_in_wandb(bdx, monkeypatch, tmp_path):
+    groups = []
+
+    def run(cfg, screen=None):
+        groups.append(cfg.logger.group)
+        raise UserError("nothing is run here")
+
+    monkeypatch.setattr("bdx.run.run", run)
+    for more in ((), ("logger.group=mine",)):
+        words = ("attack=badnets", "defense=npd", "logger=wandb", *more)
+        bdx("-m", "+npd2023=table01", "scale=smoke", *paths(tmp_path), *words)
+    assert groups == ["npd2023/table01", "mine"]
 
 
 @pytest.mark.parametrize(("words", "answer"), [

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, build_attack, load_digits, names, paths
+from conftest import TINY, build_attack, load_digits, names, paths, target
 from omegaconf import OmegaConf
 
 import bdx.run
+from bdx import declared
 from bdx.archs.base import load, save
 from bdx.build import instantiate
 from bdx.configure import compose
@@ -25,6 +26,8 @@ from bdx.surgery import Inserted
 
 # an optional dependency; `run` refuses in one line without it (test_intrain)
 DEFENSES = [n for n in names("defense") if n != "dp" or find_spec("opacus")]
+NEEDS = {n: declared.source(target("defense", n))[1].get("needs", ("clean",)) for n in DEFENSES}
+TAKING = {split: [n for n in DEFENSES if split in NEEDS[n]] for split in ("clean", "train")}
 LOOPS = ["trap", "replace", "search", "end", "tuning", "finetune", "unlearn", "recover"]
 LOOPS += ["contrast", "head", "mixmatch", "training", "first", "intra", "repair"]
 SHORT = {f"defense.{loop}.epochs": 1 for loop in LOOPS}
@@ -165,11 +168,9 @@ def test_the_net_has_the_modules_that_it_came_with(name, repaired, victim):
     assert modules(net) == wanted
 
 
-@pytest.mark.parametrize("name", DEFENSES)
-def test_which_images_are_poisoned_is_told_to_no_defense(name, repair, repaired, poisoned, victim):
+@pytest.mark.parametrize("name", TAKING["train"])
+def test_which_images_are_poisoned_is_told_to_no_defense(name, repair, repaired, poisoned):
     """Both are in the split, for the facts of the row; with other ones the net is the same to the bit."""
-    if "train" not in build_defense(compose([*TINY, f"defense={name}"]), victim).needs:
-        pytest.skip("takes no training image")
     train = poisoned.train
     lied = dataclasses.replace(train, poisoned=~train.poisoned, y_true=train.y_true.flip(0))
     told, again = (net.state_dict() for net in (repaired(name)[1], repair(name, poisoned.poisoned(lied))))
@@ -204,17 +205,20 @@ def scarce(shared, victim):
 
 
 @pytest.mark.parametrize("reserved", [10, 4], ids=["one of each class", "classes absent"])
-@pytest.mark.parametrize("name", DEFENSES)
+@pytest.mark.parametrize("name", TAKING["clean"])
 def test_few_reserved_images_are_enough(name, reserved, scarce, victim, quick_trainer):
     few = scarce[reserved]
     defense = build_defense(compose([*TINY, f"defense={name}", *short(name)]), victim)
-    if "clean" not in defense.needs:
-        pytest.skip("takes no reserved image")
     net = defense.run(few.allow(defense.needs), quick_trainer)
     with torch.no_grad():
         assert torch.isfinite(net.eval()(pixels(few.test.x[:5]))).all()
     said = [note for note in defense.notes if note.startswith("the 4 reserved images lack")]
     assert len(said) == (reserved == 4)
+
+
+def test_what_is_declared_is_what_the_class_says(victim):
+    for split, of in TAKING.items():
+        assert of == [n for n in DEFENSES if split in build_defense(compose([*TINY, f"defense={n}"]), victim).needs]
 
 
 def test_impossible_pairs_are_refused_by_name(digits, victim):

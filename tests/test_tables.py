@@ -10,8 +10,7 @@ import re
 from statistics import mean
 
 import pytest
-from conftest import CONF, ROOT, ROW, names
-from omegaconf import OmegaConf
+from conftest import ROOT, ROW, names, target
 
 from bdx import declared, grid, layout, recipe, tables
 from bdx.agreement import t_test, tau, verdict
@@ -177,17 +176,27 @@ def test_words_come_with_several_words_at_once():
     assert {"dataset=tiny_imagenet", "train=paper_tiny"} <= set(cell.words)
 
 
+def test_what_else_a_paper_prints_has_its_place(capsys):
+    """T&R Table 8's error of reconstruction, in units of its own, and Table 4's deviations."""
+    assert tables.table(["tnr2022/table08", "--format", "csv"]) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    found = {(x["defense.lambda_rec"], x["defense.lambda_tv"]): x["reconstruction_mse paper"] for x in lines}
+    assert (found["1.0", "0.1"], found["10.0", "1.0"], found["0.0", "0.1"]) == ("0.0145", "0.0091", "–")
+    assert tables.table(["tnr2022/table04", "attack=trojan_wm", "--format", "csv"]) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    (both,) = (x for x in lines if x["defense.stages"] == "both")
+    assert both["ASR paper"].endswith(" ± 1.16")
+    assert both["ACC paper"].endswith(" ± 0.33")
+    assert set(lines[0]) & {"asr_std", "acc_std"} == set()
+    entry = Entry(Cell({"attack": "a", "defense": "d"}, ()), [{"reconstruction_mse": 0.01234}], {"reconstruction_mse": 0.01})
+    assert [f.text for f in tables.fields(entry, ["reconstruction_mse"], {})] == ["0.0123", "0.0100", "+0.0023"]
+
+
 def test_what_bdx_does_not_have_is_named():
     by = {c.at["attack"]: c.lacks for c in cells("npd2023/table01", "smoke", "attack=badnets,nobody", "defense=npd")}
     assert by == {"badnets": None, "nobody": "attack=nobody"}
     (cell,) = cells("npd2023/table01", "smoke", "attack=badnets", "defense=none", "defense.epochs=3")
     assert "no such key" in cell.lacks
-
-
-def target(group: str, name: str) -> str:
-    """The class of a choice: its YAML's, or else that of the choice it starts from."""
-    node = OmegaConf.load(CONF / group / f"{name}.yaml")
-    return node.get("_target_") or target(group, node.defaults[0])
 
 
 def test_a_cell_that_needs_a_poisoned_set_which_its_attack_does_not_leave_is_missing():
