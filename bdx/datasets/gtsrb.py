@@ -46,7 +46,7 @@ def make(path: Path) -> None:
     import numpy as np
 
     archives = {file: (FROM + file, md5) for file, md5 in MD5.items()}
-    train, test, truth = (ZipFile(p) for p in sources.fetch(path.parent, "gtsrb", archives, "355 MB"))
+    train, test, truth = (ZipFile(p) for p in sources.fetch(path.parent, "gtsrb", archives, "365 MB"))
     parts = []
     for archive, of in ((train, training(train)), (test, testing(test, truth))):
         images = sources.stack(list(of), 32, open=lambda name, zip=archive: io.BytesIO(zip.read(name)))
