@@ -35,7 +35,7 @@ SHORT = {f"defense.{loop}.epochs": 1 for loop in LOOPS}
 SHORT |= {"defense.epochs": 1, "defense.warmup_epochs": 1, "defense.teacher_epochs": 1}
 SHORT |= {"defense.anomaly": 0.0, "defense.iterations": 2, "defense.steps": 1}
 SHORT |= {"defense.u": 0.5, "defense.max_drop": 1.0, "defense.step": 0.3}  # something is pruned in layers of 8 channels, too
-FAST = dict.fromkeys(("anp", "anp_own"), ["defense.optimizer.lr=100"])  # masks move in one step
+FAST = {name: ["defense.optimizer.lr=100"] for name in ("anp", "anp_own")}  # masks move in one step
 FAST["rnp"] = ["defense.recover.optimizer.lr=100"]
 
 
