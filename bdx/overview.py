@@ -176,13 +176,14 @@ def detections(_rows: list[dict], _current: set[str], composer: Composer) -> str
 
 
 def elsewhere(_rows: list[dict], _current: set[str], composer: Composer) -> str:
-    """A line for each setting that was measured on images other than the preset's."""
+    """A line for each setting that was measured on images other than the preset's, by a preset that its rows name: of any
+    other nobody could say which command made it."""
     preset = composer.plain((f"experiment={PRESET}",))["names"]
-    kept = [r for r in results.rows(grid.EXPERIMENTS / "results") if r["dataset"] != preset["dataset"]]
+    kept = [r for r in results.rows(grid.EXPERIMENTS / "results") if r["dataset"] != preset["dataset"] and "experiment" in r]
     if not kept:
         return "No row on other images has been measured yet."
     lines = []
-    where = lambda r: (r["dataset"], r["arch"], r["train"], *([f"experiment={r['experiment']}"] if "experiment" in r else []))
+    where = lambda r: (r["dataset"], f"experiment={r['experiment']}", f"arch={r['arch']}", f"train={r['train']}")
     for name in sorted({where(r) for r in kept}):
         of = [r for r in kept if where(r) == name and r["defense"] != "none"]
         for s in settings(of, set()):

@@ -163,9 +163,11 @@ def test_rows_on_other_images_have_a_table_of_their_own(tmp_path, monkeypatch):
     for i, scores in enumerate(({"acc": 0.5, "seed": 0}, {"acc": 0.7, "seed": 1}, {"defense": "none"}, {"dataset": "cifar10"})):
         base = measured("badnets", "npd") | {"dataset": "gtsrb", "id": f"{i:016}", "n_test": 12630, "experiment": "cpu_scale"}
         results.write(tmp_path / "results", base | scores)
+    nameless = {k: v for k, v in measured("badnets", "anp").items() if k != "experiment"}
+    results.write(tmp_path / "results", nameless | {"dataset": "digits", "id": "f" * 16})  # of a command that nobody knows
     head, _, line = table(written([measured("badnets", "npd")]), name)
     assert head[:3] == ["images, net, recipe", "attack, ACC / ASR before", "defense"]
-    assert line[0] == "`gtsrb`, `preact_resnet18`, `fast`, `experiment=cpu_scale`"
+    assert line[0] == "`gtsrb`, `experiment=cpu_scale`, `arch=preact_resnet18`, `train=fast`"
     assert line[2:] == [
         "`npd`",
         "`epochs=17`, `warmup_epochs=2`",
