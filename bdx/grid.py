@@ -245,5 +245,6 @@ def run_ids(words: tuple[str, ...], composer: Composer, data: str, seeds: list[i
     """The run's id under each seed; the configuration is put together once. None: the seed that the words name."""
     plain = composer.plain(words)
     plain = resolve({k: v for k, v in plain.items() if k not in ("paths", "logger", "trainer")})
-    base = recipe.of_run(plain, data)
-    return [recipe.digest(base | ({} if s is None else {"seed": s})) for s in seeds]
+    base = {k: v for k, v in recipe.of_run(plain, data).items() if k != "choice"}
+    given = ({} if s is None else {"seed": s} for s in seeds)
+    return [recipe.digest(base | s | recipe.choice(plain | s)) for s in given]

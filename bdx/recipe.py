@@ -13,10 +13,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from bdx.declared import source
 from bdx.errors import UserError
 
 VERSION = 1  # raise it when the meaning of a recipe changes, so that older artifacts are not taken for newer ones
 DRAW = 2  # how the reserved images are drawn; 1 was the attacks' own permutation, so that all of them had been poisoned
+CHOICE = 2  # how a dirty-label attack draws whom to poison at seed 0; 1 was the order of its victim's first epoch
 PLUMBING = ("paths", "trainer", "logger", "eval", "hydra", "asked")
 # later keys, and the value with which all is as before: no part of an id then
 SINCE = {"made": None, "latent": 0.0, "zoom": 1.0, "generated": None}
@@ -61,6 +63,13 @@ def identified(dataset: dict, sha256: str) -> dict:
     return known | {"reserved": dataset["reserved"] | {"draw": DRAW}} if "reserved" in dataset else known
 
 
+def choice(plain: dict) -> dict:
+    """How the attack draws whom to poison, where that is not what it was at first."""
+    says = source(plain["attack"].get("_target_"))[1]
+    draws = plain["attack"].get("select") == "random" and says.get("leaves_poison", True) and not says.get("clean_label")
+    return {"choice": CHOICE} if draws and plain["seed"] == 0 else {}
+
+
 def resolved(cfg: DictConfig | dict) -> dict:
     """A sweep resolves its cells itself and brings a plain dict."""
     return cfg if isinstance(cfg, dict) else OmegaConf.to_container(cfg, resolve=True)
@@ -70,7 +79,7 @@ def of_run(cfg: DictConfig | dict, data_sha256: str) -> dict:
     """The recipe of one cell: everything but plumbing."""
     plain = resolved(cfg)
     recipe = {k: v for k, v in plain.items() if k not in PLUMBING}
-    return canonical(recipe | {"dataset": identified(plain["dataset"], data_sha256), "version": VERSION})
+    return canonical(recipe | {"dataset": identified(plain["dataset"], data_sha256), "version": VERSION} | choice(plain))
 
 
 def of_detection(cfg: DictConfig, data_sha256: str) -> dict:
@@ -89,7 +98,7 @@ def of_backdoor(cfg: DictConfig | dict, data_sha256: str) -> dict:
     recipe = {k: plain[k] for k in BACKDOOR} | {"dataset": identified(plain["dataset"], data_sha256)}
     if recipe["dataset"]["reserved"]["source"] == "train":
         recipe["dataset"] = {k: v for k, v in recipe["dataset"].items() if k != "reserved"}
-    return canonical(recipe | {"version": VERSION})
+    return canonical(recipe | {"version": VERSION} | choice(plain))
 
 
 def of_asset(cfg: DictConfig, data_sha256: str, shapeless: frozenset[str], surrogate: dict | None) -> dict:

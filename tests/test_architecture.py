@@ -21,7 +21,7 @@ PACKAGE = ROOT / "bdx"
 LINE = (
     "errors", "files", "split", "picture", "draws", "augment", "corruptions", "metrics", "polarizers", "conditioned", "decoder",
     "surgery", "sharpness", "pruning", "places", "isolation", "views", "contrastive", "sensitivity", "adversarial", "build",
-    "recipe", "imagefile", "sources", "store", "results", "configure", "declared", "agreement", "layout", "page", "composer",
+    "configure", "declared", "recipe", "imagefile", "sources", "store", "results", "agreement", "layout", "page", "composer",
     "checked", "grid", "hardware",
 )  # fmt: skip
 FLOORS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -48,6 +49,18 @@ def test_as_many_images_are_poisoned_as_asked(name, made, digits):
     covers = attack.covers(digits.train) if hasattr(attack, "covers") else []
     assert int(train.poisoned.sum()) == round(attack.ratio * len(train)) + len(covers)
     assert attack.candidates(digits.train.y_true)[train.poisoned].all()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_the_victim_sees_poisoned_images_all_along_its_first_epoch(name, made, digits):
+    """Drawn from one stream of random numbers, the order of that epoch would be poisoned images first."""
+    attack, train = made(name)
+    if not attack.leaves_poison or not train.poisoned.any():
+        return
+    small = replace(attack.recipe, batch=32, drop_last=False)
+    order = torch.cat([b.index for b in Attack.batches(SimpleNamespace(recipe=small), digits.poisoned(train))])
+    at = train.poisoned[order].nonzero().flatten().float() / len(train)  # uniform on [0,1)
+    assert abs(float(at.mean()) - 0.5) < 4 / math.sqrt(12 * len(at))
 
 
 @pytest.mark.parametrize("name", ONE_TRIGGER)
@@ -425,9 +438,8 @@ def test_the_reserved_images_are_drawn_apart_from_the_poisoned_ones(seed):
 
     y = torch.arange(50_000) % 10
     split = Split.clean(torch.zeros(50_000, 1, 1, 1, dtype=torch.uint8), y)
-    attack = SimpleNamespace(
-        seed=seed, ratio=0.1, ratio_of="train", select="random", candidates=lambda y: torch.ones_like(y, dtype=torch.bool)
-    )
+    how = {"seed": seed, "ratio": 0.1, "ratio_of": "train", "select": "random", "clean_label": False}
+    attack = SimpleNamespace(**how, candidates=lambda y: torch.ones_like(y, dtype=torch.bool))
     poisoned = torch.zeros(50_000, dtype=torch.bool)
     poisoned[Attack.choose(attack, split)] = True
     for balanced in (True, False):

@@ -12,11 +12,13 @@ from torch import Generator, Tensor, nn
 
 from bdx.adversarial import hardened
 from bdx.datasets.base import Augment, Batches, ImageData
-from bdx.errors import UserError
+from bdx.errors import UserError, one_of
 from bdx.picture import picture
 from bdx.sharpness import sharpness_aware
 from bdx.split import Split
 from bdx.training import Recipe, blamed, optimizers
+
+POISONING = 5_555_557  # at seed 0 the victim's first epoch would draw the same order, and see all poisoned images first
 
 
 class Attack(pl.LightningModule):
@@ -57,13 +59,9 @@ class Attack(pl.LightningModule):
         self.select, self.include_target = select, include_target
         if not 0 <= target < num_classes:
             raise UserError(f"attack.target={target}: expected 0 to {num_classes - 1} for {num_classes} classes")
-        for key, value, choices in (
-            ("labels", labels, ("all2one", "all2all")),
-            ("ratio_of", ratio_of, ("train", "candidates")),
-            ("select", select, ("random", "first")),
-        ):
-            if value not in choices:
-                raise UserError(f"attack.{key}={value}: expected {' or '.join(choices)}")
+        one_of("attack.labels", labels, ("all2one", "all2all"))
+        one_of("attack.ratio_of", ratio_of, ("train", "candidates"))
+        one_of("attack.select", select, ("random", "first"))
         if self.clean_label and labels == "all2all":
             raise UserError(
                 f"{type(self).__name__} is a clean-label attack: it keeps the labels of one class and cannot be "
@@ -143,7 +141,8 @@ class Attack(pl.LightningModule):
                 + ("" if self.ratio_of == "candidates" else ", or attack.ratio_of=candidates for a share of those")
             )
         if self.select == "random":
-            may = may[torch.randperm(len(may), generator=Generator().manual_seed(self.seed))]
+            seed = self.seed or (0 if self.clean_label else POISONING)
+            may = may[torch.randperm(len(may), generator=Generator().manual_seed(seed))]
         return may[:k].sort().values.to(split.x.device)
 
     def poison(self, split: Split) -> Split:
