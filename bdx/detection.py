@@ -57,6 +57,8 @@ def detect(cfg: DictConfig, screen: Screen | None = None) -> dict:
         scores = detector.score(attack.net, blind := judged.blind(), data.allow(detector.needs), trainer)
         flagged = detector.flag(scores, blind.y)
         seconds = time.monotonic() - started
+        for note in detector.notes:
+            screen.say(note)
         if not torch.isfinite(scores).all():
             raise UserError(f"{cfg.names.detector}: {int((~scores.isfinite()).sum())} of {len(scores)} scores are not finite")
         found = verdict(scores, flagged, detector) if detector.judge == "net" else rates(scores, flagged, judged.poisoned)

@@ -7,7 +7,7 @@ All are called `layer(z, label)`, as CNPD's are (bdx.conditioned); these here do
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -108,12 +108,13 @@ class ConvBNx2(Polarizer):
 
 
 class Linear(Polarizer):
-    """A weight and a bias for each channel: w ⊙ z + b (Table 13's "Linear")."""
+    """A weight and a bias for each channel and position, w ⊙ z + b: BackdoorBench's `linear`, which we take for Table 13's.
+    size: (H, W) of the map; (1, 1) is its `linear_light`, the same at every position."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, size: Sequence[int] = (1, 1)):
         super().__init__(channels)
-        self.weight = nn.Parameter(torch.ones(1, channels, 1, 1))
-        self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.weight = nn.Parameter(torch.ones(1, channels, *size))
+        self.bias = nn.Parameter(torch.zeros(1, channels, *size))
 
     def forward(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         return z * self.weight + self.bias
@@ -154,4 +155,7 @@ class OSDN(Denoiser):
         return F.avg_pool2d(z, 3, stride=1, padding=1, count_include_pad=False)
 
 
-STRUCTURES = {"conv_bn": ConvBN, "conv": Conv, "conv_bn_x2": ConvBNx2, "linear": Linear, "osad": OSAD, "osdn": OSDN}
+STRUCTURES = {
+    "conv_bn": ConvBN, "conv": Conv, "conv_bn_x2": ConvBNx2, "linear": Linear, "linear_light": Linear, "osad": OSAD,
+    "osdn": OSDN,
+}  # fmt: skip

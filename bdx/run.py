@@ -118,7 +118,7 @@ def check(defense: Defense, attack: Attack, cutmix: float = 0.0) -> None:
         raise UserError(
             f"{type(defense).__name__} takes two gradients a step, which train.precision=16-mixed scales apart; take bf16-mixed"
         )
-    if cutmix and not defense.takes_mixed and defense.augment:
+    if cutmix and not defense.takes_mixed and getattr(defense, "augment", True):
         raise UserError(
             f"dataset.augment.cutmix={cutmix}: {type(defense).__name__} needs one label for each image; set it to 0 or "
             "defense.augment=false, and train.augment.cutmix for the victim alone"

@@ -353,6 +353,7 @@ def test_every_class_leaves_out_images_of_that_class(attack, digits):
         (["defense.clean_condition=half"], "clean_condition=half goes with targets=random or runner_up"),
         (["defense.at_once=0"], "at_once=0, code_size=64: expected at least 1"),
         (["defense.target=99"], "defense.target=99: expected 0 to 9, the class that oracle and wrong go by"),
+        (["attack.labels=all2all", "defense.condition=oracle"], "an all2all attack sends each image to the class after"),
         (["defense.lambda_asr=-0.1"], "defense.lambda_asr=-0.1: expected 0 or more"),
         (["defense.universal=true"], "CNPD perturbs each image towards classes"),
     ],

@@ -815,6 +815,11 @@ def test_global_random_numbers_are_left_alone(digits):
         (10, 4, True, [4, 4]),
         (8, 4, False, [4, 4]),
         (8, 4, True, [4, 4]),
+        (9, 4, False, [4, 5]),  # BatchNorm may know no deviation of one image
+        (5, 4, False, [5]),
+        (4, 4, False, [4]),
+        (9, 4, True, [4, 4]),
+        (3, 1, False, [1, 1, 1]),
         (3, 8, False, [3]),
         (3, 8, True, [3]),  # a set smaller than one batch is still a batch
     ],

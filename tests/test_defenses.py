@@ -27,7 +27,6 @@ from bdx.surgery import Inserted
 # an optional dependency; `run` refuses in one line without it (test_intrain)
 DEFENSES = [n for n in names("defense") if n != "dp" or find_spec("opacus")]
 NEEDS = {n: declared.source(target("defense", n))[1].get("needs", ("clean",)) for n in DEFENSES}
-NEEDS["bnp_code"] = ("train",)  # its recipe says so, and not its class
 TAKING = {split: [n for n in DEFENSES if split in NEEDS[n]] for split in ("clean", "train")}
 LOOPS = ["trap", "replace", "search", "end", "tuning", "finetune", "unlearn", "recover"]
 LOOPS += ["contrast", "head", "mixmatch", "training", "first", "intra", "repair"]

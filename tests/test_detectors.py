@@ -425,6 +425,21 @@ def test_beatrix_notices_channels_that_go_together():
     assert float(held_out.median()) <= float(scores[20:].min())
 
 
+def test_beatrix_says_which_classes_it_cannot_know(data, victim, quick_trainer):
+    some = data.clean.y < 3
+    few = replace(data, clean=data.clean[torch.cat([(data.clean.y == c).nonzero().flatten()[:9] for c in range(10)])])
+    detector = made("beatrix")
+    with pytest.raises(
+        UserError, match=r"10 of 10 classes have fewer than 10 reserved images .* so that it knows none; take more"
+    ):
+        detector.score(victim.net, data.train[:50].blind(), few, quick_trainer)
+    left = replace(data, clean=data.clean[some])
+    scores = detector.score(victim.net, data.train.blind(), left, quick_trainer)
+    assert (scores[data.train.y >= 3] == 0).all()
+    assert len(detector.notes) == 1
+    assert detector.notes[0].startswith("Beatrix: 7 of 10 classes have fewer than 10 reserved images")
+
+
 # ABL
 
 
@@ -597,7 +612,8 @@ def test_what_is_flagged_is_not_trained_on(name, data, victim, quick_trainer, mo
     monkeypatch.setattr(AC, "left", lambda self, d, split: kept.append(split) or left(self, d, split))
     defense.run(data.allow(defense.needs), quick_trainer)
     assert torch.equal(kept[0].x, data.train.x[~flagged])
-    assert defense.facts == {"removed": pytest.approx(float(flagged.float().mean()))}
+    of_poisoned = float(flagged[data.train.poisoned].float().mean())
+    assert defense.facts == pytest.approx({"removed": float(flagged.float().mean()), "removed_of_poisoned": of_poisoned})
 
 
 def test_the_filter_does_not_know_the_mask(data, victim, quick_trainer):
@@ -622,6 +638,12 @@ def test_a_filter_that_needs_clean_images_is_refused(victim):
     defense.detector = compose(["detector=scan"]).detector
     with pytest.raises(UserError, match="judges the training set and needs no clean images"):
         build_defense(type("cfg", (), {"defense": defense}), victim)
+
+
+@pytest.mark.parametrize("name", ["ac", "spectral"])
+def test_a_filter_judges_all_images(name, victim):
+    with pytest.raises(UserError, match=r"defense\.detector\.limit=10: all images are judged"):
+        build_defense(compose([*TINY, f"defense={name}", "defense.detector.limit=10"]), victim)
 
 
 # what `bdx info defenses` says
@@ -658,7 +680,7 @@ def test_info_tells_epochs_of_the_file_or_of_its_parent(capsys):
 def test_few_clean_images_are_enough(shared, victim, quick_trainer):
     few = load_digits(shared, "dataset.source.size=16", "dataset.reserved.count=10")
     few = few.poisoned(victim.poison(few.train))
-    for name in ("beatrix", "scan", "strip"):
+    for name in ("scan", "strip"):
         detector = short(name, "detector.limit=20")
         split = judged_by(detector, victim, few).blind()
         assert torch.isfinite(detector.score(victim.net, split, few.allow(detector.needs), quick_trainer)).all()

@@ -403,6 +403,11 @@ def test_a_step_of_dp_by_hand(attack, poisoned):
 # what is refused
 
 
+def test_nab_gives_one_label_and_takes_no_cutmix(attack):
+    with pytest.raises(UserError, match=r"cutmix=1\.0: NAB needs one label for each image"):
+        check(made(attack, "nab"), attack, cutmix=1.0)
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_attack_without_a_poisoned_set_is_refused(name, digits):
     controlled = build_attack(digits, "attack=badnets")

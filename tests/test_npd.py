@@ -109,7 +109,19 @@ def test_each_variant_perturbs_as_its_name_says(name, attack, digits):
         assert moved > 0
 
 
-@pytest.mark.parametrize("structure", ["conv_bn", "conv", "conv_bn_x2", "linear", "osad", "osdn"])
+def test_a_known_target_of_an_all2all_attack_is_each_images_next_class(attack, digits):
+    defense = build_defense(compose([*TINY, "attack=badnets_all2all", "defense=npd_tp"]), attack)
+    y = torch.tensor([0, 3, 9])
+    assert defense.towards(y, torch.randn(3, 10)).tolist() == [1, 4, 0]
+
+
+def test_linear_has_a_weight_for_each_position_and_its_light_form_one_for_each_channel(attack):
+    full, light = (npd(attack, f"defense.structure={s}").polarizer.weight.shape for s in ("linear", "linear_light"))
+    assert full[1] == light[1] > 1
+    assert (full[2:], light[2:]) == ((4, 4), (1, 1))
+
+
+@pytest.mark.parametrize("structure", ["conv_bn", "conv", "conv_bn_x2", "linear", "linear_light", "osad", "osdn"])
 def test_every_structure_starts_as_the_identity_and_learns(structure, attack, digits, quick_trainer):
     defense = npd(
         attack, f"defense.structure={structure}", "defense.init=identity", "defense.warmup_epochs=0", "defense.epochs=1"

@@ -169,7 +169,9 @@ def test_bnp_cuts_the_channel_whose_recorded_statistics_are_off(attack, digits, 
     assert "body.layer2.1.bn2.running_mean" not in changed(before, net)
     code = made(attack, "bnp_code")
     assert code.needs == {"train"}
-    assert (code.recipe, code.images, made(attack, "bnp").images) == ("code", 256, 1000)
+    assert (code.form, code.images, made(attack, "bnp").images) == ("code", 256, 1000)
+    with pytest.raises(UserError, match="recipe=code: take defense=bnp_code"):
+        made(attack, "bnp", "recipe=code")
 
 
 # ANP and RNP
@@ -299,7 +301,8 @@ def test_the_released_code_goes_one_step_too_far_less_one_column(attack, digits,
     net = repair(defense, digits, quick_trainer)
     curve = defense.extras["curve"]
     columns = (net.body.linear.weight == 0).all(0)
-    assert curve.chosen != (last := curve.thresholds.tolist()[-1])
+    assert defense.facts["threshold"] == curve.chosen == defense.replay.chosen == (last := curve.thresholds.tolist()[-1])
+    assert defense.notes == []
     assert int(columns.sum()) == defense.facts["silent_channels"] == round(64 * last) - 1
 
 

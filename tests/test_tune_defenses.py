@@ -63,7 +63,7 @@ def test_other_nets_have_three_maps_too(arch):
     small = ["arch.image_size=32", "arch.patch=8", "arch.layers=4", "arch.heads=2", "arch.width=16", "arch.mlp=16"]
     cfg = compose([f"arch={arch}", *(small if arch == "vit_b_16" else [])]).arch
     net = build(dict(cfg), num_classes=10, mean=[0.5] * 3, std=[0.2] * 3, shape=(3, 32, 32))
-    how = {"teacher_epochs": 1, "recipe": "paper", "epochs": 1, "batch": 2, "augment": False}
+    how = {"teacher_epochs": 1, "recipe": "paper", "epochs": 1, "batch": 2, "augment": False, "cutout": None}
     defense = nad.NAD(net, betas=[1.0] * 3, p=2.0, optimizer=torch.optim.SGD, schedule=None, **how)
     with torch.no_grad():
         _, maps = defense.look(net.eval(), torch.rand(2, 3, 32, 32))
@@ -102,6 +102,11 @@ def test_nads_loss_by_hand(recipe, attack, digits):
     assert far > 0.1
     assert torch.allclose(out["attention"], far, rtol=1e-3)  # in `code` the third map is 1 everywhere and adds nothing
     assert torch.allclose(out["loss"], far + F.cross_entropy(defense.net(b.x), b.y), rtol=1e-3)
+
+
+def test_nads_authors_cut_a_hole_and_backdoorbench_does_not(attack, few):
+    for name, hole in (("nad", 0), ("nad_own", 2)):
+        assert made(attack, name).batches(few).augment.cutout == hole
 
 
 def test_the_teacher_is_tuned_and_then_left_alone(attack, few, quick_trainer):
@@ -313,13 +318,15 @@ def test_some_images_always_carry_the_perturbation(n, attack, digits):
 
 
 def test_the_search_raises_the_loss_and_stays_in_the_ball(attack, few):
-    for recipe, radius in (("paper", 0.01), ("code", 0.01)):
-        defense = made(attack, "ibau", f"defense.recipe={recipe}", f"defense.radius={radius}", "defense.batch=20")
+    radius = 0.01
+    for recipe, source in (("paper", "label"), ("paper", "prediction"), ("code", "label")):
+        how = f"defense.recipe={recipe}", f"defense.away_from={source}", f"defense.radius={radius}", "defense.batch=20"
+        defense = made(attack, "ibau", *how)
         defense.ready()
         defense.search = few.batches(few.clean, size=20, shuffle=False, augment=False)
         delta, b = defense.worst_case(), batch(few, 20)
         with torch.no_grad():
-            y = b.y if recipe == "paper" else defense.net(b.x).argmax(1)
+            y = b.y if (recipe, source) == ("paper", "label") else defense.net(b.x).argmax(1)
             assert F.cross_entropy(defense.at(b.x, delta), y) > F.cross_entropy(defense.net(b.x), y)
         assert (float(delta.norm()) <= radius + 1e-6) == (recipe == "paper")
 

@@ -8,6 +8,8 @@ epochs. Here the net is a clean one of the victim's own recipe, which needs no s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,8 +56,8 @@ class Narcissus(Made):
 
     @torch.no_grad()
     def succeeds(self, net: nn.Module, noise: Tensor, data: ImageData) -> dict:
-        """How many other training images the clean net itself takes for the target class."""
-        x = self.images_of(data, 1000)
+        """How many training images of other classes the clean net itself takes for the target class."""
+        x = self.images_of(replace(data, train=data.train[data.train.y_true != self.target]), 1000)
         seen = [(net((p + self.amplify * noise).clamp(0, 1)).argmax(1) == self.target) for (p,) in pieces(x)]
         return {"fooled": float(torch.cat(seen).float().mean())}
 

@@ -48,14 +48,22 @@ class Batches:
         self.used = len(split) // size * size if drop_last and len(split) >= size else len(split)
 
     def __len__(self) -> int:
-        return -(-self.used // self.size)
+        return -(-self.used // self.size) - self.lone
+
+    @property
+    def lone(self) -> bool:
+        """Whether the last batch would be one image, of which BatchNorm may know no deviation: it joins the one before."""
+        return self.used > self.size and self.used % self.size == 1
 
     def __iter__(self) -> Iterator[Batch]:
         device, n = self.split.x.device, len(self.split)
         g = Generator(device).manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
         order = torch.randperm(n, generator=g, device=device) if self.shuffle else torch.arange(n, device=device)
-        for index in order[: self.used].split(self.size):
+        parts = list(order[: self.used].split(self.size))
+        if self.lone:
+            parts[-2:] = [torch.cat(parts[-2:])]
+        for index in parts:
             yield self.batch(index, g)
 
     def batch(self, index: Tensor, g: Generator) -> Batch:

@@ -28,11 +28,18 @@ class AC(Tuning):
         super().__init__(net, **loop)
         if detector.judge != "train" or not detector.needs <= self.needs:
             raise UserError("defense.detector: expected one that judges the training set and needs no clean images")
+        if detector.limit is not None:
+            raise UserError(
+                f"defense.detector.limit={detector.limit}: all images are judged before a net is trained; set it to null"
+            )
         self.detector = detector
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         flagged = self.suspects(data, make_trainer)
+        poisoned = data.train.poisoned  # for the reader, not for the defense
         self.facts = {"removed": float(flagged.double().mean())}
+        if poisoned.any():
+            self.facts["removed_of_poisoned"] = float(flagged[poisoned].double().mean())
         self.renew()
         batches = self.left(data, data.train[~flagged])
         make_trainer(type(self).__name__, self.epochs).fit(self.ready(), batches)

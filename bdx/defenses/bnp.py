@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bdx.datasets.base import ImageData
 from bdx.defenses.base import Defense
-from bdx.errors import one_of
+from bdx.errors import UserError, one_of
 from bdx.pruning import Rule, cut_outliers, watch_norms
 from bdx.training import at_least_one
 
@@ -27,26 +27,37 @@ class BNP(Defense):
     augment     as in training, or as they are
     u           standard deviations above the layer's mean, for select=fixed
     select      fixed, or accuracy: the smallest u at which accuracy on the reserved images falls by max_drop at most
-    recipe      paper: the reserved images; code: images of the poisoned training set, and a factor missing (bnp_code sets
-                their number, too)
+    recipe      paper: the reserved images; code: images of the poisoned training set, and a factor missing (bnp_code)
     """
 
     trains = "nothing: channels are cut"
-    cost = "one pass over the clean images for the statistics, and one for each threshold tried"
+    cost = "one batch of clean images; with select=accuracy, a pass over them for each threshold"
     needs_batchnorm = True
+    form = "paper"
 
     def __init__(self, net: nn.Module, *, images: int, augment: bool, u: float, select: str, max_drop: float, recipe: str):
         one_of("defense.recipe", recipe, ("paper", "code"))
+        if recipe != self.form:
+            name = {"paper": "bnp", "code": "bnp_code"}[recipe]
+            raise UserError(f"defense.recipe={recipe}: take defense={name}, which sets all that differs")
         at_least_one("defense", images=images)
         super().__init__(net)
-        self.images, self.augment, self.rule, self.recipe = images, augment, Rule(select, u, max_drop), recipe
-        self.needs = frozenset({"clean"} if recipe == "paper" else {"train"}) | self.rule.needs
+        self.images, self.augment, self.rule = images, augment, Rule(select, u, max_drop)
+        self.needs = self.needs | self.rule.needs
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
-        split = self.trusted(data) if self.recipe == "paper" else data.train
+        split = data.train if "train" in self.needs else self.trusted(data)
         batch = next(iter(data.batches(split, size=self.images, shuffle=True, augment=self.augment, stage=1)))
-        half = 0.5 if self.recipe == "paper" else 1.0
+        half = 0.5 if self.form == "paper" else 1.0
         return cut_outliers(self, watch_norms(self.net, batch.x, partial(divergence, half=half)), data)
+
+
+class BNPCode(BNP):
+    """The released form."""
+
+    cost = "one batch of training images; with select=accuracy, a pass over the clean ones for each threshold"
+    needs = frozenset({"train"})
+    form = "code"
 
 
 def divergence(z: Tensor, norm: nn.Module, half: float) -> Tensor:

@@ -56,6 +56,11 @@ class CNPD(NPD):
             raise UserError(f"defense.at_once={at_once}, code_size={code_size}: expected at least 1")
         if not 0 <= target < (k := net.spec["num_classes"]):
             raise UserError(f"defense.target={target}: expected 0 to {k - 1}, the class that oracle and wrong go by")
+        if npd["wants"] == "all2all" and condition in ("oracle", "wrong"):
+            raise UserError(
+                f"defense.condition={condition}: an all2all attack sends each image to the class after its own, so that no one "
+                "class is the target; take predicted, random or none"
+            )
         self.how = {"source": condition, "soft": soft, "target": target, "classes": net.spec["num_classes"]}
         self.shape_of = {"form": form, "code": code, "size": code_size, "fusion": fusion, "attention": attention}
         self.targets, self.attacked, self.adv_condition = targets, attacked, adv_condition

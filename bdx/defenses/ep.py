@@ -27,7 +27,7 @@ class EP(Defense):
     """
 
     trains = "nothing: channels are cut"
-    cost = "one batch of training images, and one pass over the clean ones for each threshold tried"
+    cost = "one batch of training images; with select=accuracy, a pass over the clean ones for each threshold"
     needs = frozenset({"train"})
     needs_batchnorm = True
 

@@ -12,6 +12,7 @@ instead, cuts one column fewer than asked for, and goes on from the net of the f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import ceil
 
 import torch
@@ -21,7 +22,7 @@ from bdx import places, surgery
 from bdx.datasets.base import ImageData
 from bdx.defenses.base import Tuning
 from bdx.errors import UserError, one_of
-from bdx.pruning import Rule, feeders, silence
+from bdx.pruning import Curve, Rule, feeders, silence
 
 
 class FP(Tuning):
@@ -63,10 +64,9 @@ class FP(Tuning):
         order = self.activation(data).argsort()
         grid = [i * self.step for i in range(1, ceil(1 / self.step - 1e-9))]
         curve = self.rule.prune(self.net, lambda net, share: self.prune(net, order, share), grid, data, self.at)
-        share = curve.chosen or 0.0
-        if self.recipe == "code" and curve.spec["thresholds"]:
-            share = curve.spec["thresholds"][-1]
-        self.cut = self.prune(self.net, order, share)
+        if self.recipe == "code" and (tried := curve.spec["thresholds"]):
+            curve = Curve(tried, curve.spec["accuracies"], tried[-1], replace(curve.replay, chosen=tried[-1]))
+        self.cut = self.prune(self.net, order, curve.chosen or 0.0)
         curve.report(self)
         self.facts["silent_channels"] = len(self.cut)
         return super().run(data, make_trainer)

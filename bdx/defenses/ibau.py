@@ -39,6 +39,7 @@ class IBAU(Tuning):
     map_lr         r, the step of Φ, which is always of the first batch
     iterations     of the fixed point
     share          of a batch that carries δ in L
+    away_from      label, or prediction: what the search leads away from
     recipe         paper, or code: the search is away from the net's own predictions, and no ball bounds δ
     """
 
@@ -47,10 +48,11 @@ class IBAU(Tuning):
 
     def __init__(
         self, net: nn.Module, *, unit: str, search_lr: float, decay: float, radius: float, map_lr: float, iterations: int,
-        share: float, recipe: str, **loop,
+        share: float, away_from: str, recipe: str, **loop,
     ):  # fmt: skip
         one_of("defense.recipe", recipe, ("paper", "code"))
         one_of("defense.unit", unit, ("pixel", "deviation"))
+        one_of("defense.away_from", away_from, ("label", "prediction"))
         at_least_one("defense", iterations=iterations)
         if min(search_lr, radius, map_lr) <= 0 or decay < 0 or not 0 < share <= 1:
             raise UserError(
@@ -60,7 +62,7 @@ class IBAU(Tuning):
         super().__init__(net, **loop)
         self.search_lr, self.decay, self.radius, self.map_lr = search_lr, decay, radius, map_lr
         self.unit, self.iterations, self.share, self.recipe = unit, iterations, share, recipe
-        self.first = None
+        self.predicted, self.first = away_from == "prediction" or recipe == "code", None
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         self.search = data.batches(data.clean, size=self.batch, shuffle=True, augment=self.augment, stage=2)
@@ -92,7 +94,7 @@ class IBAU(Tuning):
         delta = torch.zeros(1, *self.net.spec["shape"], device=self.device)
         radius = self.radius * (delta.numel() / (3 * 32 * 32)) ** 0.5
         for x, y, _ in self.search:
-            if self.recipe == "code":
+            if self.predicted:
                 with torch.no_grad():
                     y = self.net(x).argmax(1)
             delta = self.descend(delta.requires_grad_(), x, y, self.search_lr).detach()

@@ -47,6 +47,7 @@ class NAB(Staged):
     trains = "all weights, from fresh ones"
     cost = "220 epochs on the poisoned set: 100 contrastive ones of twice the images, 20 of tuning, 100 of training"
     needs = frozenset({"train"})
+    takes_mixed = False
 
     def __init__(
         self, net: nn.Module, *, hold: str, gamma: float, isolate: float, trust: float, patch: dict, view: View,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -31,25 +32,31 @@ class NAD(Tuning):
     p                  power of the attention map
     teacher_epochs     of plain fine-tuning before the teacher is frozen
     recipe             paper or code: which maps are compared
+    cutout             side in pixels, of the loops' own augmentation; null: the data set's
     """
 
     trains = "all weights, twice: a teacher and the net"
     cost = "per clean image and epoch: one training step, and a pass of the teacher; before that, 10 epochs for the teacher"
 
-    def __init__(self, net: nn.Module, *, betas: list, p: float, teacher_epochs: int, recipe: str, **loop):
+    def __init__(self, net: nn.Module, *, betas: list, p: float, teacher_epochs: int, recipe: str, cutout: int | None, **loop):
         one_of("defense.recipe", recipe, ("paper", "code"))
         at_least_one("defense", teacher_epochs=teacher_epochs)
         if len(betas) != 3 or min(betas) < 0 or p <= 0:
             raise UserError(f"defense.betas={betas}, p={p}: expected three weights not below 0, and p above 0")
         super().__init__(net, **loop)
         self.betas, self.p, self.teacher_epochs, self.recipe, self.loop = betas, p, teacher_epochs, recipe, loop
+        self.cutout = cutout
         self.at = maps(net, net.sample())
 
     def run(self, data: ImageData, make_trainer: Callable) -> nn.Module:
         teacher = Tuning(copy.deepcopy(self.net), **self.loop)
-        make_trainer("teacher", self.teacher_epochs).fit(teacher.ready(), teacher.batches(data))
+        make_trainer("teacher", self.teacher_epochs).fit(teacher.ready(), self.batches(data))
         self.teacher = surgery.freeze(teacher.net)
         return super().run(data, make_trainer)
+
+    def batches(self, data: ImageData):
+        own = self.augment if self.cutout is None or not self.augment else replace(data.augment, cutout=self.cutout)
+        return data.batches(self.trusted(data), size=self.batch, shuffle=True, augment=own, stage=1)
 
     def ready(self) -> NAD:
         self.train()

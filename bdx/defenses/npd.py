@@ -33,13 +33,14 @@ IGNORE = -100  # cross_entropy's own mark of a sample that does not count
 
 class NPD(Tuning):
     """layer      where the polarizer goes: a module's name, or one of shallow, middle, third_to_last, penultimate, last, whole
-    structure     conv_bn, conv, conv_bn_x2, linear, osad or osdn (bdx.polarizers)
+    structure     conv_bn, conv, conv_bn_x2, linear, linear_light, osad or osdn (bdx.polarizers)
     init          neutral (γ = 1, β = 0 around the features' own moments, so that the first forward is the net's), identity
                   (the same start with the moments in γ and β, which then take far larger steps) or plain (γ = 1, β = 0)
     bn_mode       of the polarizer's BatchNorm after warm-up: frozen or train
     warmup_epochs, warmup_lr   plain SGD on clean images alone, BatchNorm in train mode
     budget        the perturbation's norm, radius and steps
     targeted, universal, target    the variant; target=null guesses it per image
+    wants         what a known target means: all2one (that class), or all2all (of each image the class after its own)
     recipe        paper or code
     lambda_*      weights of the four terms; 0 leaves a term out (Table 3)
     """
@@ -50,13 +51,14 @@ class NPD(Tuning):
 
     def __init__(
         self, net: nn.Module, *, layer: str, structure: str, init: str, bn_mode: str, warmup_epochs: int,
-        warmup_lr: float, budget: Budget, targeted: bool, universal: bool, target: int | None, recipe: str,
-        lambda_bn: float, lambda_ce: float, lambda_margin: float, lambda_asr: float, **loop,
+        warmup_lr: float, budget: Budget, targeted: bool, universal: bool, target: int | None, wants: str,
+        recipe: str, lambda_bn: float, lambda_ce: float, lambda_margin: float, lambda_asr: float, **loop,
     ):  # fmt: skip
         one_of("defense.structure", structure, STRUCTURES)
         one_of("defense.init", init, ("neutral", "identity", "plain"))
         one_of("defense.bn_mode", bn_mode, ("frozen", "train"))
         one_of("defense.recipe", recipe, ("paper", "code"))
+        one_of("defense.wants", wants, ("all2one", "all2all"))
         weights = {"lambda_bn": lambda_bn, "lambda_ce": lambda_ce, "lambda_margin": lambda_margin, "lambda_asr": lambda_asr}
         for key, value in {"warmup_epochs": warmup_epochs, "warmup_lr": warmup_lr, **weights}.items():
             if value < 0:
@@ -66,7 +68,7 @@ class NPD(Tuning):
         super().__init__(surgery.freeze(net), **loop)
         self.init, self.bn_mode, self.warmup_epochs, self.warmup_lr = init, bn_mode, warmup_epochs, warmup_lr
         self.budget, self.targeted, self.universal, self.target = budget, targeted, universal, target
-        self.recipe, self.warming = recipe, False
+        self.wants, self.recipe, self.warming = wants, recipe, False
         self.weights = {key.removeprefix("lambda_"): value for key, value in weights.items()}
         self.at = self.insert(layer, structure)
 
@@ -79,6 +81,7 @@ class NPD(Tuning):
         if not tokens and len(shape) != 3:
             raise UserError(f"defense.layer={layer}: its input has shape {shape}; a polarizer needs a map (C, H, W) or tokens")
         spec, condition = self.polarizer_spec(structure, shape[-1] if tokens else shape[0], tokens)
+        spec |= {"size": list(shape[1:])} if structure == "linear" else {}
         self.polarizer = instantiate(spec, allowed=("bdx.polarizers.", "bdx.conditioned."))
         self.net.insert(at, self.polarizer, spec, condition)
         return at
@@ -151,6 +154,8 @@ class NPD(Tuning):
             return y
         if self.target is None:
             return runner_up(logits.detach(), y)
+        if self.wants == "all2all":
+            return (y + 1) % self.net.spec["num_classes"]
         return torch.where(y == self.target, IGNORE, self.target)
 
     def worst_case(self, x: Tensor, y: Tensor, logits: Tensor) -> Tensor:

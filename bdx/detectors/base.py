@@ -35,6 +35,7 @@ class Detector:
             at_least_one("detector", limit=limit)
         self.judge, self.limit = judge, limit
         self.threshold: Tensor | float | None = None  # set by `score` where it follows from clean images
+        self.notes: list[str] = []  # what the user should know of how it went
 
     def score(self, net: nn.Module, split: Split, data: ImageData, make_trainer: Callable) -> Tensor:
         """(N,) for the images of `split`, higher = more suspicious. split.y: the labels of the training set, or of test

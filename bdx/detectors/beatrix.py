@@ -43,14 +43,21 @@ class Beatrix(Detector):
     def score(self, net: nn.Module, split, data, make_trainer) -> Tensor:
         at = places.locate(net, self.layer, torch.zeros(2, *data.shape, device=split.x.device))
         scores = torch.zeros(len(split), device=split.x.device)
-        self.threshold, clean_all = torch.full_like(scores, torch.inf), data.clean
-        for c, of in classes(split.y):
+        self.threshold, clean_all, least = torch.full_like(scores, torch.inf), data.clean, 2 * self.folds
+        few, there = [], list(classes(split.y))
+        for c, of in there:
             clean = clean_all.x[clean_all.y == c]
-            if len(clean) < 2 * self.folds:  # too few to know the class: nothing is suspicious
+            if len(clean) < least:  # too few to know the class: nothing is suspicious
+                few.append(c)
                 continue
             known, seen = self.maps(net, at, clean), self.maps(net, at, split.x[of])
             scores[of], held_out = self.deviations(known, seen)
             self.threshold[of] = quantile(held_out, self.keep)
+        if few:
+            told = f"Beatrix: {len(few)} of {len(there)} classes have fewer than {least} reserved images (2 × detector.folds)"
+            if len(few) == len(there):
+                raise UserError(f"{told}, so that it knows none; take more by dataset.reserved.count, or fewer folds")
+            self.notes.append(f"{told}: no image of these is suspicious to it")
         return scores
 
     def maps(self, net: nn.Module, at: str, x: Tensor) -> Tensor:
