@@ -29,8 +29,19 @@ def build_attack(cfg: DictConfig, data: datasets.ImageData) -> Attack:
     torch.manual_seed(cfg.seed)
     about = {"num_classes": data.num_classes, "shape": data.shape}
     net = archs.build(plain["arch"], **plain["dataset"]["normalize"], **about)
+    no_effect(plain)
     how: Recipe = instantiate(plain["train"])
     return instantiate(plain["attack"], net=net, recipe=how, seed=cfg.seed, **about)
+
+
+def no_effect(plain: dict) -> None:
+    """Refuse a rate that a schedule would put its own in the place of."""
+    asked, schedule = plain["asked"], plain["train"]["schedule"] or {}
+    if "train.optimizer.lr" in asked and "max_lr" in schedule and "train.schedule.max_lr" not in asked:
+        raise UserError(
+            f"train.optimizer.lr={plain['train']['optimizer']['lr']}: the schedule of train={plain['names']['train']} sets the "
+            "rate by its own max_lr; set train.schedule.max_lr, or train.schedule=null for a constant rate"
+        )
 
 
 def backdoored(

@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, interrupted)
     signal.signal(signal.SIGUSR2, interrupted)
     try:
-        sys.exit(dispatch(argv))
+        code = dispatch(argv)
+        sys.stdout.flush()
+        sys.exit(code)
     except UserError as e:
         print(f"bdx: error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -71,9 +73,11 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as e:
-        if not of_a_file(e):
+        if not of_a_file(e) and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        print(f"bdx: error: {e.filename}: {reason(e)}", file=sys.stderr)
+        print(f"bdx: error: {e.filename2 or e.filename or 'output'}: {reason(e)}", file=sys.stderr)
+        if not e.filename:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2 if e.errno in REFUSED else 1)
 
 

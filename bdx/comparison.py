@@ -15,6 +15,7 @@ from bdx.composer import Composer
 from bdx.grid import Cell, Table
 
 SCORES = ("acc", "asr", "der")
+MAKES = ("attack", "defense", "dataset", "arch", "train", "experiment")  # groups of keys that make a cell what it is
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ def same(place: dict[str, str], where: dict) -> bool:
     return all(norm(v) == place[k] for k, v in where.items() if k in place)
 
 
+def key_of(word: str) -> str:
+    return grid.key(word).split(".")[0]
+
+
 def fixed(table: Table) -> dict[str, str]:
     return {grid.key(w): w.partition("=")[2] for w in table.words}
 
@@ -85,7 +90,8 @@ def printed_cells(table: Table, cells: list[Cell]) -> list[Cell]:
 def collect(table: Table, scale: grid.Scale, words: list[str], composer: Composer, folders: Iterable[Path]) -> list[Entry]:
     """Every cell of the table with its rows, whatever their seed, and its printed numbers."""
     rows = {row["id"]: row for row in results.rows(*folders)}
-    whole, (table, _) = table, grid.asked(table, words)
+    whole, (table, left) = table, grid.asked(table, words)
+    other = [w for w in left if key_of(w) in MAKES and fixed(whole).get(grid.key(w)) != w.partition("=")[2]]
     cells = grid.cells(table, scale, words, composer)
     cells = printed_cells(table, cells) if table.only_printed and table.rows else cells
     seeds = sorted({row["seed"] for row in rows.values()}) if not any(grid.key(w) == "seed" for w in words) else [None]
@@ -97,8 +103,23 @@ def collect(table: Table, scale: grid.Scale, words: list[str], composer: Compose
         theirs = [of for of in numbers if same(of[0], fixed(table) | cell.at)]
         ours = [] if cell.lacks or not cell.words else measured(cell, seeds, images, rows, composer)
         one = {row["dataset"] for row in ours} <= {place["dataset"] for place, *_ in theirs}
-        found.append(Entry(cell, ours, {metric: n for _, metric, n in theirs}, one or not theirs))
+        found.append(Entry(cell, ours, {metric: n for _, metric, n in theirs}, (one and not other) or not theirs))
+    found = pooled(found)
     return [undefended(e, found) for e in found]
+
+
+def pooled(entries: list[Entry]) -> list[Entry]:
+    """One entry for all seeds, where the user has named several."""
+    found: dict[tuple, Entry] = {}
+    for e in entries:
+        place = {k: v for k, v in e.cell.at.items() if k != "seed"}
+        if (key := tuple(place.items())) in found:
+            words = tuple(f"{w},{e.cell.at['seed']}" if grid.key(w) == "seed" else w for w in found[key].cell.words)
+            cell = replace(found[key].cell, words=words)
+            found[key] = replace(found[key], cell=cell, ours=[*found[key].ours, *e.ours])
+        else:
+            found[key] = replace(e, cell=replace(e.cell, at=place))
+    return list(found.values())
 
 
 def unlisted(table: Table, cells: list[Cell]) -> list[Cell]:
@@ -167,12 +188,17 @@ def mine(entry: Entry) -> dict[str, float]:
 
 def theirs(of: list[Entry], entries: list[Entry], rule: str) -> dict[str, float]:
     """The average of the printed numbers; its DER needs those without defense."""
-    before = {e.cell.at.get("attack"): e.paper for e in entries if e.cell.at.get("defense") == "none"}
+    bare = [e for e in entries if e.cell.at.get("defense") == "none"]
     rows = []
     for entry in of:
-        base = before.get(entry.cell.at.get("attack"), {}) if entry.cell.at.get("defense") != "none" else {}
+        base = {} if entry in bare else next((e.paper for e in bare if alike(entry, e)), {})
         rows.append({k: v / 100 for k, v in (entry.paper | {f"{k}_before": v for k, v in base.items()}).items()})
     return {k: 100 * v for k, v in means(rows, rule).items()}
+
+
+def alike(entry: Entry, bare: Entry) -> bool:
+    """Whether the undefended net `bare` is the one that `entry` repairs: what stands beside the defense is the same."""
+    return all(norm(entry.cell.at.get(k)) == norm(v) for k, v in bare.cell.at.items() if k.split(".")[0] != "defense")
 
 
 def means(rows: list[dict], rule: str) -> dict[str, float]:

@@ -55,8 +55,7 @@ def flat(node, prefix: str = "") -> dict:
         for key in node:
             child = node._get_node(key)
             here = f"{prefix}{key}"
-            found[here] = None
-            found |= flat(child, f"{here}.") if isinstance(child, DictConfig) else {here: child}
+            found |= {here: None} | (flat(child, f"{here}.") if isinstance(child, DictConfig) else {here: child})
         return found
     return {prefix.rstrip("."): node} if prefix else {}
 
@@ -123,9 +122,10 @@ def check_finite(key: str, value) -> None:
 def check_value(key: str, value, cfg: DictConfig, adds: bool) -> None:
     """The value must be of the kind that stands there by default; of a mapping this holds key by key."""
     default = OmegaConf.select(cfg, key)
-    wanted, fits = kind(value, default)
-    if not fits:
-        raise UserError(f"{key}={show(value)}: expected {wanted}, as {show(default)}")
+    if not (fits := kind(value, default))[1]:
+        raise UserError(f"{key}={show(value)}: expected {fits[0]}, as {show(default)}")
+    if key == "seed" and not 0 <= value < 2**31:
+        raise UserError(f"seed={value}: expected 0 to {2**31 - 1}")
     if not isinstance(default, DictConfig) or (value is None and key.rpartition(".")[2] in OPTIONAL):
         return
     if not isinstance(value, dict):

@@ -10,9 +10,18 @@ from bdx import imagefile
 from bdx.configure import compose
 from bdx.errors import UserError
 
+HELP = """bdx data: image caches, of which every run reads
+
+  bdx data list                              those below BDX_DATA or paths.data: sizes, classes, source, checksum
+  bdx data prepare NAME [key=value …]        make one, downloading what is needed: bdx data prepare cifar10;
+                                             bdx data prepare folder dataset.source.root=photos"""
+
 
 def data(argv: list[str]) -> int:
     """`bdx data prepare NAME [key=value …]` and `bdx data list`."""
+    if {"-h", "--help"} & set(argv):
+        print(HELP)
+        return 0
     if argv[:1] == ["list"]:
         folder = Path(compose(argv[1:]).paths.data).expanduser()
         for path in sorted(folder.glob("*.safetensors")):

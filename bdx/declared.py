@@ -20,9 +20,12 @@ def source(dotted: str | None) -> tuple[str, dict]:
     if not dotted or not dotted.startswith("bdx."):
         return "", {}
     *module, name = dotted.split(".")[1:]
-    tree = ast.parse(HERE.joinpath(*module).with_suffix(".py").read_text())
+    if not (path := HERE.joinpath(*module).with_suffix(".py")).is_file():
+        return "", {}  # whoever builds it says so
+    tree = ast.parse(path.read_text())
     paper = re.search(r"Source: (.+?)(?:;|\n\n|\.?$)", (ast.get_docstring(tree) or "") + "\n\n", re.DOTALL)
-    (made,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name)
+    if not (made := next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)):
+        return "", {}
     homes = {a.name: n.module for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names}
     inherited = {}
     for parent in (b.id for b in made.bases if isinstance(b, ast.Name)):

@@ -35,9 +35,9 @@ def detect(argv: list[str]) -> int:
     words = [a for a in argv if a not in ("-m", "--multirun")]
     check(words)
     rows, failed = [], []
-    for cell in cells(words) if grid else [words]:
+    for cell, cfg in [(cell, compose(cell)) for cell in (cells(words) if grid else [words])]:
         try:
-            rows.append(execute(compose(cell)))
+            rows.append(execute(cfg))
         except (UserError, OSError) as e:
             if not grid or not (isinstance(e, UserError) or of_a_file(e)):
                 raise

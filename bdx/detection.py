@@ -53,7 +53,7 @@ def detect(cfg: DictConfig, screen: Screen | None = None) -> dict:
         what = "the net, by reserved images" if detector.judge == "net" else f"{len(judged)} images ({detector.judge})"
         screen.say(f"{cfg.names.detector} looks at {what}")
         torch.manual_seed(cfg.seed)  # whether the backdoor was trained or loaded must not show in what follows
-        started = time.monotonic()
+        detector.report, started = screen.epoch, time.monotonic()
         scores = detector.score(attack.net, blind := judged.blind(), data.allow(detector.needs), trainer)
         flagged = detector.flag(scores, blind.y)
         seconds = time.monotonic() - started
@@ -69,6 +69,11 @@ def detect(cfg: DictConfig, screen: Screen | None = None) -> dict:
 
 def check(detector: Detector, attack: Attack) -> None:
     """Refuse what cannot work, naming both sides."""
+    if detector.judge != "net" and not attack.trained_here:
+        raise UserError(
+            f"{type(detector).__name__} is measured on images that are known to carry a trigger, and of a net from elsewhere "
+            "nobody knows any; take detector=nc, which judges the net itself"
+        )
     if detector.judge == "train" and attack.has_trigger and not attack.leaves_poison:
         what = " or detector.judge=test" if "test" in detector.judges else ", or a detector of test inputs"
         raise UserError(

@@ -65,8 +65,20 @@ def whole(path: Path) -> Iterator[Path]:
             os.replace(path, old)
         os.replace(tmp, path)
         remove(old)
+    except Exception as e:
+        if number := nameless(e):
+            raise OSError(number, os.strerror(number), str(path)) from e
+        raise
     finally:
         remove(tmp)
+
+
+def nameless(e: Exception) -> int | None:
+    """The number of an error that says no path, as of a full disk: a write's, or safetensors', which has it in words."""
+    if isinstance(e, OSError):
+        return e.errno if e.filename is None else None
+    said = re.search(r"\(os error (\d+)\)", str(e)) if type(e).__name__ == "SafetensorError" else None
+    return int(said[1]) if said else None
 
 
 def writable(folder: Path, names: str) -> None:

@@ -144,21 +144,21 @@ def asked(table: Table, words: Iterable[str]) -> tuple[Table, list[str]]:
             axes[o.key_or_group] = values(o.key_or_group, word.partition("=")[2])
         else:
             left.append(word)
-    kept = tuple(w for w in table.words if key(w) not in {*axes, *map(key, left)})
-    return replace(table, axes=axes, words=kept), left
+    return replace(table, axes=axes, words=tuple(w for w in table.words if key(w) not in {*axes, *map(key, left)})), left
 
 
 def cells(table: Table, scale: Scale, words: Iterable[str], composer: Composer) -> list[Cell]:
     """Every point of the grid, without ids. words: the user's."""
     table, left = asked(table, words)
     scale = replace(scale, also={k: [*table.also.get(k, ()), *scale.also.get(k, ())] for k in {*table.also, *scale.also}})
-    axes = {k: (f"({scale.name})",) if k in scale.replaces else v for k, v in table.axes.items()}
+    replaced = {*scale.replaces} - {key(w) for w in words}  # the user's word wins
+    axes = {k: (f"({scale.name})",) if k in replaced else v for k, v in table.axes.items()}
     wanted = [w for w in table.words if key(w) not in scale.replaces]
     found = []
     for point in itertools.product(*axes.values()):
         at = dict(zip(axes, point, strict=True))
         at_most = {k: min(int(v), scale.at_most[k]) for k, v in at.items() if k in scale.at_most and v.isdigit()}
-        own = [f"{k}={v}" for k, v in (at | at_most).items() if k not in scale.replaces]
+        own = [f"{k}={v}" for k, v in (at | at_most).items() if k not in replaced]
         last = {key(w): w for w in (*scale.words, *wanted, *own, *left)}  # of two values for a key the later counts
         found.append(whole(Cell(at, tuple(last.values())), scale, composer))
     return found

@@ -23,6 +23,13 @@ KINDS = {
 }
 
 
+HELP = """bdx info: what there is, a line each
+
+  bdx info [attacks|defenses|detectors|datasets|archs|experiments]   names, papers, what they need, train and cost
+  bdx info layers [arch=NAME]                                        where a layer can be inserted in a net
+  bdx info triggers [dataset=NAME]                                   norms, PSNR, SSIM of every trigger, and a picture"""
+
+
 def value(path: Path, key: str):
     """`key` of a YAML file, or of the file that it starts from; None where it is in neither."""
     node = OmegaConf.load(path)
@@ -104,11 +111,16 @@ def layers(overrides: list[str]) -> int:
 
 
 def info(argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(HELP)
+        return 0
     if argv[:1] == ["layers"]:
         return layers(argv[1:])
     if argv and argv[0] not in KINDS:
         have = [*KINDS, "triggers", "layers"]
         raise UserError(f"bdx info {argv[0]}: expected one of {', '.join(have)}{nearest(argv[0], have)}")
+    if argv[1:]:
+        raise UserError(f"bdx info {argv[0]}: {argv[1]} means nothing to it; it lists all that there is")
     for title in argv[:1] or KINDS:
         found = rows(KINDS[title])
         wide = max(len(name) for name, *_ in found)

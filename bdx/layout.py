@@ -40,14 +40,17 @@ def comma(title: str, head: list[str], rows: list[list[Text]], notes: list[str])
     return out.getvalue()
 
 
+TEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "{}&%#_$"}
+    | {"\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}"}
+    | {"±": "$\\pm$", "Δ": "$\\Delta$", "−": "$-$", "–": "--"}
+)
+
+
 def latex(title: str, head: list[str], rows: list[list[Text]], notes: list[str]) -> str:
     around = {"": "{}", "best": "\\textbf{{{}}}", "second": "\\underline{{{}}}"}
 
-    def safe(text: str) -> str:
-        for sign in "&%#_$":
-            text = text.replace(sign, "\\" + sign)
-        return text.replace("±", "$\\pm$").replace("Δ", "$\\Delta$").replace("−", "$-$").replace("–", "--")
-
+    safe = lambda text: text.translate(TEX)
     lines = [" & ".join(around[t.mark].format(safe(t.text)) for t in row) + " \\\\" for row in rows]
     top = ["\\begin{table}", f"\\caption{{{safe(title)}}}", f"\\begin{{tabular}}{{{'l' * len(head)}}}", "\\hline"]
     said = ["% " + n for n in notes]

@@ -31,6 +31,11 @@ class Plate:
     lacks: str = ""
 
     @property
+    def net(self) -> str:
+        """What it is of, whatever the seed."""
+        return re.sub(r" seed=\d+$", "", self.about)
+
+    @property
     def picture(self) -> Path:
         return self.path.parent / f"{self.path.name}.png"
 
@@ -60,10 +65,13 @@ def asked(argv: list[str]) -> tuple[Measured, list[str]]:
         raise UserError(f"{argv[0]} is a table: expected `{USAGE}`; figures are {', '.join(grid.figures())}")
     from bdx import figures
 
-    left = argv[1:]
+    of_runs, left = ([w for w in argv[1:] if w.startswith("seed=") == x] for x in (True, False))
+    if path := next((w for w in left if w.startswith("path=")), None):
+        raise UserError(f"{path}: the pictures of {argv[0]} lie below paths.out, which paths.out=… sets")
+    given = left
     for name in table.figure:
         _, left = figures.own(function(name), left)
-    return read([argv[0], *left], USAGE), [w for w in argv[1:] if w not in left]
+    return read([argv[0], *of_runs, *left], USAGE), [w for w in given if w not in left]
 
 
 def function(name: str):
@@ -146,10 +154,14 @@ def judged(found: Measured, made: list[Plate]) -> str:
 
     if not found.table.of_picture:
         return by_rows(found.table, found.entries)
-    drawn = [frame(p.path) for p in made if not p.lacks]
-    values = [v for f in drawn if (v := difference(found.table.claim, f)) is not None]
-    wanted = len(values) + len(made) - len(drawn)
-    return worded(found.table.claim, [{0: v} for v in values], wanted, f"{len(values)} of {wanted} pictures")
+    cells: dict[str, dict[int, float]] = {}  # seeds of one net are no further evidence on other nets
+    for plate in (p for p in made if not p.lacks):
+        if (value := difference(found.table.claim, frame(plate.path))) is not None:
+            cells.setdefault(plate.net, {})[plate.rows[0]["seed"]] = value
+    lacks = [p for p in made if p.lacks]
+    drawn = sum(map(len, cells.values()))
+    wanted = len({*cells, *(p.net for p in lacks)})
+    return worded(found.table.claim, list(cells.values()), wanted, f"{drawn} of {drawn + len(lacks)} pictures")
 
 
 def difference(claim: dict, frame) -> float | None:

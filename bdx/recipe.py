@@ -31,14 +31,15 @@ def canonical(node, key: str = ""):
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node, resolve=True)
     if isinstance(node, dict):
-        return {k: canonical(node[k], k) for k in sorted(node) if not (k in SINCE and node[k] == SINCE[k])}
+        some = (k for k in sorted(node) if not (k in SINCE and node[k] == SINCE[k]))
+        return {k: canonical(node[k], f"{key}.{k}".lstrip(".")) for k in some}
     if isinstance(node, (list, tuple)):
         return [canonical(v) for v in node]
     if isinstance(node, float) and node.is_integer():
         return int(node)
-    if key in CONTENT and isinstance(node, str):
+    if key.rpartition(".")[2] in CONTENT and isinstance(node, str):
         if not Path(node).is_file():
-            raise UserError(f"{key}={node}: there is no such file")
+            raise UserError(f"{key}={node}: {'that is a folder' if Path(node).is_dir() else 'there is no such file'}")
         stat = Path(node).stat()
         return f"sha256:{content(node, stat.st_size, stat.st_mtime_ns)}"
     return node

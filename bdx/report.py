@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-from bdx import charts, page, plates, recipe, results
+from bdx import charts, grid, page, plates, recipe, results
 from bdx.comparison import SCORES, Entry, averages
 from bdx.errors import UserError, one_of
 from bdx.layout import Text
@@ -178,7 +177,8 @@ def missing(found: Measured) -> str:
 
 
 def command(entry: Entry) -> str:
-    return f"bdx {shlex.join(entry.cell.words)}"
+    several = any(grid.key(w) == "seed" and "," in w for w in entry.cell.words)
+    return f"bdx {'-m ' * several}{shlex.join(entry.cell.words)}"
 
 
 def commands(found: Measured, words: list[str]) -> str:
@@ -241,7 +241,6 @@ def run_id(words: list[str]) -> str:
 
 def hashes(found: Measured, row: dict) -> list[str]:
     """(run, SHA-256 of its net, backdoor, SHA-256 of its weights); empty where the files are not at hand."""
-    of = lambda path: (json.loads(path.read_text()) if path.exists() else {}).get("sha256", "")
     backdoor = row.get("backdoor", "")
     net, made = found.paths["nets"] / row["id"] / "net.json", found.paths["store"] / backdoor / "meta.json"
-    return [row["id"], of(net), backdoor, of(made)]
+    return [row["id"], results.seal(net), backdoor, results.seal(made)]

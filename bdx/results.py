@@ -53,6 +53,14 @@ def path(folder: Path | str, id: str) -> Path:
     return Path(folder) / f"{id}.json"
 
 
+def seal(sheet: Path) -> str:
+    """The SHA-256 of the weights that `sheet` (net.json, meta.json) is of; empty where it is not at hand, or not whole."""
+    try:
+        return json.loads(sheet.read_text())["sha256"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+
+
 def find(folder: Path | str, id: str) -> dict | None:
     """The row of this run or detection, or None; a file that is not whole, or holds something else, does not count."""
     try:

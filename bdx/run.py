@@ -78,7 +78,7 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
             tracker.picture(folder / "trigger.png")
         row = row_of(cfg, id, backdoor, data, before, after, seconds, device) | defense.facts
         row |= control(scrambled_before, scrambled_asr(net, attack, data.test), row["asr"], screen)
-        results.write(paths["results"], row := row | reserved_acc(attack.net, net, defense, data.clean, screen))
+        results.write(paths["results"], row := row | reserved_acc(attack, net, defense, data.clean, screen))
         if oracle:
             oracle.thresholds(defense)
             screen.say(f"ORACLE   {oracle.write(folder) or 'no curve: this defense chooses neither threshold nor epoch'}")
@@ -166,12 +166,18 @@ def control(before: float | None, now: float | None, asr: float | None, screen: 
     return {"scrambled_asr_before": before, "scrambled_asr": now}
 
 
-def reserved_acc(attacked: nn.Module, repaired: nn.Module, defense: Defense, clean: Split, screen: Screen) -> dict:
+def reserved_acc(attack: Attack, repaired: nn.Module, defense: Defense, clean: Split, screen: Screen) -> dict:
     """ACC on the reserved images, which a defender can see without any test image. A great fall is said, unless the defense
-    has trained anew, which costs the accuracy on images that the victim had learned by heart."""
-    nets = {"acc_reserved_before": attacked, "acc_reserved": repaired}
+    has trained anew, which costs the accuracy on images that the victim had learned by heart; and so is a net from
+    elsewhere that knows next to nothing of them."""
+    nets = {"acc_reserved_before": attack.net, "acc_reserved": repaired}
     found = {name: metrics.acc(predict(net.to(clean.x.device), clean.x), clean.y) for name, net in nets.items()}
     was, now = found.values()
+    if not attack.trained_here and was < 2 / attack.num_classes:
+        screen.say(
+            f"the net as it came is right on {was:.1%} of the reserved images, little more than chance: see dataset.normalize, "
+            "dataset.source.size, and whether its classes are the folders in the order of their names"
+        )
     if "train" not in defense.needs and was - now > 0.1:
         hint = "; try a smaller learning rate, defense.optimizer.lr" if hasattr(defense, "optimizer") else ""
         screen.say(f"the accuracy on the reserved images fell from {was:.1%} to {now:.1%}: the repair has hurt the net{hint}")

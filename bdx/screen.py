@@ -35,18 +35,19 @@ class Screen:
         if epoch in (1, epochs) or time.monotonic() - self.said > 5:
             left = (epochs - epoch) * seconds
             tail = f", about {left:.0f} s left" if epoch < epochs else ""
-            self.say(f"{stage}: epoch {epoch}/{epochs}, loss {means['loss']:.4f}, {seconds:.1f} s{tail}")
+            loss = f", loss {means['loss']:.4f}" if means else ""
+            self.say(f"{stage}: {'epoch' if means else 'part'} {epoch}/{epochs}{loss}, {seconds:.1f} s{tail}")
             self.said = time.monotonic()
 
     def advance(self, stage: str, epoch: int, epochs: int, means: dict) -> None:
         if self.bar is None or stage != self.stage:
             self.close()
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.bar = Progress(*columns, TextColumn("loss {task.fields[loss]:.4f}"), console=self.console)
-            self.task = self.bar.add_task(stage, total=epochs, loss=0.0)
+            self.bar = Progress(*columns, TextColumn("{task.fields[loss]}"), console=self.console)
+            self.task = self.bar.add_task(stage, total=epochs, loss="")
             self.stage = stage
             self.bar.start()
-        self.bar.update(self.task, completed=epoch, loss=means["loss"])
+        self.bar.update(self.task, completed=epoch, loss=f"loss {means['loss']:.4f}" if means else "")
 
     def close(self) -> None:
         if self.bar:

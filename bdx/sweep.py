@@ -88,6 +88,7 @@ class Drive:
             else:
                 self.failed[job.id] = outcome
             ended.append(outcome)
+            self.leads[cell.backdoor] -= outcome.state == "refused"  # it says nothing of the backdoor
             self.release(cell.backdoor, there=outcome.state == "done" or self.plan.stored(cell.backdoor))
         return ended
 

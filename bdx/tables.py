@@ -100,7 +100,8 @@ def notes(table: Table, entries: list[Entry]) -> list[str]:
     found.append(f"average DER: {rule}, as in the paper; of attacks that are measured, on both sides")
     if not all(e.comparable for e in entries):
         found.append(
-            "measured on another data set than the printed numbers, so that no difference is taken and no ranking compared"
+            "measured on another data set than the printed numbers, or with other settings (the words of the command), so that "
+            "no difference is taken and no ranking compared"
         )
     if rows:
         of = {
@@ -134,6 +135,8 @@ class Measured:
 def read(argv: list[str], usage: str) -> Measured:
     """What NAME [scale=…] [key=value …] asks for. usage: what to answer a mistake with."""
     names, words = [a for a in argv if "=" not in a], [a for a in argv if "=" in a]
+    if flag := next((n for n in names if n.startswith("-")), None):
+        raise UserError(f"{flag}: no such flag; expected `{usage}`")
     if len(names) != 1 or names[0].startswith("-"):
         raise UserError(f"expected `{usage}`; there are {', '.join(grid.experiments())}")
     size = next((w.partition("=")[2] for w in words if w.startswith("scale=")), "paper")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import TINY, names, paths
+from conftest import TINY, build_attack, names, paths
 
 import bdx.run
 from bdx import recipe
+from bdx.build import instantiate
 from bdx.cli import main
 from bdx.configure import compose
 from bdx.detect import cells
-from bdx.detection import detect
+from bdx.detection import check, detect
 from bdx.errors import UserError
 from bdx.screen import Screen
 
@@ -119,6 +121,20 @@ def test_a_detector_of_the_net_records_the_anomaly_index_of_each_class(command, 
     assert " ".join(again.split()).endswith(said[said.index("nc on badnets: class") :])
 
 
+@pytest.mark.parametrize("name", ["strip", "ac"])
+def test_of_a_net_from_elsewhere_no_image_is_known_to_carry_a_trigger(name, digits):
+    attack = build_attack(digits, "attack=given")
+    with pytest.raises(UserError, match="of a net from elsewhere nobody knows any; take detector=nc"):
+        check(instantiate(compose([f"detector={name}"]).detector), attack)
+    check(instantiate(compose(["detector=nc"]).detector), attack)
+
+
+def test_a_slow_detector_says_how_far_it_is(shared, capsys):
+    words = [*NET[:-1], "attack=badnets", "detector=strip", "detector.overlays=2", "detector.limit=60", "trainer=cpu"]
+    detect(compose([*words, "seed=5", *paths(shared)]), Screen())
+    assert re.search(r"entropies: part 1/1, \d+\.\d s", capsys.readouterr().out)
+
+
 def test_without_an_attack_there_is_no_auc(shared):
     words = [*NET[:-1], "attack=none", "detector=strip", "detector.overlays=2", "detector.limit=50", "trainer=cpu"]
     row = detect(compose([*words, *paths(shared)]), Screen(quiet=True))
@@ -137,6 +153,7 @@ def test_without_an_attack_there_is_no_auc(shared):
         (["detector=strip", "detector.overlay=3"], "detector.overlay: no such key (did you mean detector.overlays"),
         (["detector=strip,ac"], "several values make a grid, which is"),
         (["detector=ac", "detector.judge=test", "dataset=digits"], "detector.judge=test: expected one of train"),
+        (["-m", "detector=ac,nosuch", "experiment=demo"], "detector=nosuch: no such detector"),
     ],
 )
 def test_a_mistake_is_one_line(words, text, command, shared):

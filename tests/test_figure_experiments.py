@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -171,6 +172,21 @@ def test_a_claim_about_a_picture_by_hand():
     assert difference({"metric": "near", "of": {"kind": "x"}, "above": 0.0}, data) is None
 
 
+def test_seeds_of_a_picture_are_no_further_evidence(tmp_path, monkeypatch):
+    """Four nets, one of which speaks against the claim: three seeds of each say no more than one."""
+    gaps = {"a": 3.0, "b": 2.0, "c": 2.5, "d": -1.0}
+    verdicts = []
+    for seeds in ((0,), (0, 1, 2)):
+        made = [plates.Plate("f", f"f: {net} seed={s}" if len(seeds) > 1 else f"f: {net}", ({"seed": s},), tmp_path / net)
+                for net in gaps for s in seeds]  # fmt: skip
+        monkeypatch.setattr("bdx.figures.read", lambda path: path.name)
+        monkeypatch.setattr(plates, "difference", lambda claim, name: gaps[name])
+        table = SimpleNamespace(of_picture=True, claim={"says": "s", "metric": "far", "of": {}, "below": {}}, name="n")
+        verdicts.append(plates.judged(SimpleNamespace(table=table, entries=[]), made))
+    assert "4 of 4 pictures" in verdicts[0]
+    assert verdicts[1] == verdicts[0].replace("4 of 4", "12 of 12")
+
+
 # times
 
 
@@ -185,6 +201,11 @@ def test_costs_are_multiples_of_fine_tuning_on_the_same_net_and_device(tmp_path)
     assert list(zip(found["defense"], found["device"], found["ratio"], strict=True)) == [
         ("ft", "cpu", 1.0), ("ft", "gpu", 1.0), ("npd", "cpu", 3.0), ("npd", "gpu", 4.0),
     ]  # fmt: skip
+    longer = of("ft", 8.0) | {"id": "z", "defense.epochs": 9}
+    again = rows[1] | {"id": "y", "defense.epochs": 9}
+    for order in ([*rows, longer, again], [longer, again, *rows]):  # against the run of as many epochs, whatever comes first
+        found = costs(order, tmp_path / "costs")
+        assert sorted(found[(found["defense"] == "npd") & (found["device"] == "cpu")]["ratio"]) == [0.75, 3.0]
     with pytest.raises(UserError, match="repaired by reference=anp; there are defenses ft, npd"):
         costs(rows, tmp_path / "costs", reference="anp")
 
@@ -198,6 +219,8 @@ def test_costs_are_multiples_of_fine_tuning_on_the_same_net_and_device(tmp_path)
     (["npd2023/fig05", "count=many"], "count=many: expected a number"),
     (["npd2023/fig05", "scale=smoke", "trian.epochs=1"], "trian.epochs: no such key .did you mean train.epochs"),
     (["npd2023/fig05", "scale=smoke"], "npd2023/fig05: none of its runs is done at scale=smoke"),
+    (["d32024/fig03", "scale=cpu", "path=x"], "path=x: the pictures of d32024/fig03 lie below paths.out"),
+    (["d32024/fig04", "scale=smoke", "seed=0,1"], "d32024/fig04: none of its runs is done at scale=smoke"),
     (["grad_can"], "expected `bdx figure NAME .* .did you mean grad_cam"),
 ])  # fmt: skip
 def test_a_mistake_is_answered_in_one_line(argv, match, tmp_path):

@@ -74,7 +74,10 @@ class Payload:
     [
         (lambda s: s | {"extra": torch.zeros(1)}, [], r"not fit the PreActResNet: of its 1\d\d keys, 1 unknown \(extra for"),
         (lambda s: {k: v for k, v in s.items() if k != "linear.bias"}, [], r"1 missing \(linear.bias for one\)"),
-        (lambda s: {f"module.{k}": v for k, v in s.items()}, [], r"missing \(conv1.weight for one\), \d+ unknown \(module.c"),
+        (lambda s: {f"module.{k}": v for k, v in s.items()}, [], r"its keys begin with module.; set attack.prefix=module."),
+        (lambda s: s | {"linear.bias": torch.full_like(s["linear.bias"], torch.nan)}, [],
+         r"1 of its 1\d\d tensors hold NaN or infinity, linear.bias for one"),
+        (lambda s: {}, [], "holds nothing: expected a state_dict"),
         (lambda s: s, ["attack.prefix=module."], r"prefix=module.: 1\d\d keys of .* do not begin so, conv1.weight for one"),
         (lambda s: s | {"linear.weight": torch.zeros(43, 64)}, [], r"1 tensors have other shapes, linear.weight \(43, 64\)"),
         (lambda s: {"model": s, "epoch": 3}, [], "no state_dict: it holds model, epoch; name the one in it by attack.entry"),
@@ -100,6 +103,31 @@ def test_a_broken_file_is_refused_in_one_line(name, content, digits, tmp_path):
     with pytest.raises(UserError, match=f"attack.file={tmp_path / name} (cannot be read as weights|holds Python objects)") as e:
         attack.check(digits.train)
     assert "\n" not in str(e.value)
+
+
+def test_an_empty_file_is_called_so(digits, tmp_path):
+    (tmp_path / "net.pt").touch()
+    with pytest.raises(UserError, match=r"cannot be read as weights \(it is empty\): expected a whole state_dict"):
+        build_attack(digits, "attack=given", f"attack.file={tmp_path / 'net.pt'}").check(digits.train)
+
+
+def test_a_backdoor_of_bdxs_own_store_can_be_given(weights, shared, tmp_path):
+    """So that a reviewer may rehearse a repair on a net whose trigger is known."""
+    file = shared / "out" / "store" / weights[1]["backdoor"] / "weights.safetensors"
+    assert any(k.startswith("split.") for k in load_file(file))
+    row = given(shared, tmp_path, f"attack.file={file}", "defense=none")
+    assert row["acc"] == weights[1]["acc_before"]
+
+
+def test_a_net_that_knows_nothing_is_said(digits, shared, tmp_path, monkeypatch):
+    """As where it wants another normalisation, or the classes stand in another order."""
+    net = build_attack(digits).net
+    state = {k: torch.zeros_like(v) if k == "body.linear.weight" else v for k, v in net.state_dict().items()}
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "net.safetensors")
+    told = []
+    monkeypatch.setattr(Screen, "say", lambda self, text: told.append(text))
+    given(shared, tmp_path, f"attack.file={tmp_path / 'net.safetensors'}", "defense=none")
+    assert any("of the reserved images, little more than chance: see dataset.normalize" in t for t in told)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import CONF, ROOT, ROW, names
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from bdx import files, recipe, results, store
@@ -434,6 +435,18 @@ def test_a_write_that_fails_keeps_the_old_row(tmp_path, monkeypatch):
         results.write(tmp_path, ROW | {"acc": 0.9})
     assert results.find(tmp_path, ROW["id"])["acc"] == 0.5
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), "SafetensorError"])
+def test_a_full_disk_names_the_file(error, tmp_path):
+    """Neither a write nor safetensors says which it was."""
+    if error == "SafetensorError":
+        error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(OSError, match="No space left on device") as e, files.whole(tmp_path / "row.json"):
+        raise error
+    assert (e.value.errno, e.value.filename) == (28, str(tmp_path / "row.json"))
+    with pytest.raises(RuntimeError, match="mine"), files.whole(tmp_path / "row.json"):
+        raise RuntimeError("mine")
 
 
 # leftovers of a kill, in nets/ and results/ too

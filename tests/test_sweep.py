@@ -107,6 +107,14 @@ def test_one_failure_stops_no_other_and_a_backdoor_may_fail_twice(tmp_path):
     }  # fmt: skip
 
 
+def test_a_refusal_says_nothing_of_the_backdoor(tmp_path):
+    """As of a method that wants BatchNorm, in a net without: those that come after it still train the net."""
+    cells = [("1", "a", "x"), ("2", "a", "y"), ("3", "a", "z"), ("4", "a", "w")]
+    driven, _ = drive(tmp_path, lambda job: "refused" if job.id in "123" else "done", cells)
+    assert [o.job.id for o in driven.finished] == ["4"]
+    assert {k: v.state for k, v in driven.failed.items()} == dict.fromkeys("123", "refused")
+
+
 def test_done_means_that_there_is_a_row(tmp_path):
     driven, _ = drive(tmp_path, lambda job: "done, no row", [("1", "a", "x")])
     assert driven.failed["1"].reason == "it ended well but left no row"
@@ -186,6 +194,12 @@ def test_the_plan_names_rows_that_came_with_bdx(tmp_path, monkeypatch):
 def test_without_a_table_there_is_nothing_to_say_more_of(word):
     with pytest.raises(UserError, match=f"^{word}: expected a table with it, such as npd2023/table01; `bdx sweep` alone lists"):
         sweep.sweep([word])
+
+
+@pytest.mark.parametrize(("value", "found"), [("-1", [""]), ("0,1", ["0", "1"]), ("1,-1,0", ["1"]), ("", [""])])
+def test_a_negative_device_ends_the_list_as_it_does_for_cuda(value, found, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+    assert local.devices() == found
 
 
 @pytest.mark.parametrize(("says", "found", "told"), [

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 
-from bdx import grid, results, sweep, worker
+from bdx import cli, grid, results, sweep, worker
 from bdx.composer import Composer
 from bdx.errors import UserError
 
@@ -89,6 +91,20 @@ def test_a_full_disk_fails_the_cell_and_leaves_nothing_half_written(one, tmp_pat
         subprocess.run(["mount", "-o", "remount,size=50m", str(out)], check=True)
         assert one(out) == 0
         assert [(row["id"], row["backdoor"]) for row in results.rows(out / "results")] == [(run, backdoor)]
+
+
+def test_a_full_disk_is_a_line_for_whoever_writes(tmp_path, shared, capsys):
+    small = tmp_path / "small"
+    with mounted(small, "size=100k"):
+        places = [f"paths.out={small}", f"paths.data={shared / 'data'}", "trainer=cpu"]
+        for argv in (
+            ["attack=badnets", "defense=none", *TINY, *places],
+            ["report", "d32024/table01", "scale=cpu", f"paths.out={small}"],
+        ):
+            with pytest.raises(SystemExit) as e:
+                cli.main(argv)
+            assert e.value.code == 1
+            assert re.search(r"bdx: error: \S*small\S*: No space left on device\n$", capsys.readouterr().err)
 
 
 def test_what_is_read_only_is_refused_before_training_unless_nothing_must_be_written(one, tmp_path, shared, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -78,13 +79,20 @@ class Classifier(nn.Module):
 
 def build(arch: dict, *, num_classes: int, mean: list[float], std: list[float], shape: tuple[int, int, int]) -> Classifier:
     """arch: a config of conf/arch. Tries one forward pass on `shape` (C,H,W): a net that cannot take it says so now."""
+    if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
+        raise UserError(
+            f"dataset.normalize.mean={mean}, std={std}: pixels are in [0,1]; expected means from 0 to 1, and deviations above "
+            "0 and at most 1; divide values made for 0 to 255 by 255"
+        )
     spec = {"arch": arch, "num_classes": num_classes, "mean": mean, "std": std, "shape": list(shape)}
     try:
         body = instantiate(arch, allowed=ALLOWED, num_classes=num_classes)
-    except UserError:
-        raise
-    except (ValueError, RuntimeError, TypeError, AssertionError) as e:  # a library's own words, for an unknown model name say
-        raise UserError(f"cannot build {arch['_target_']}: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+    except (UserError, ValueError, RuntimeError, TypeError, AssertionError) as e:  # or a library's own words
+        said = (str(e) or type(e).__name__).splitlines()[0]
+        key = re.search(r"unexpected keyword argument '(\w+)'", said)
+        hint = f"; it takes no {key[1]}, which a preset may set for another net: add ~arch.{key[1]}" if key else ""
+        about = "" if isinstance(e, UserError) else f"cannot build {arch['_target_']}: "
+        raise UserError(f"{about}{said}{hint}") from None
     net = Classifier(Normalize(mean, std), body, spec).to(memory_format=torch.channels_last)
     try:
         with torch.no_grad(), surgery.mode(net, False):

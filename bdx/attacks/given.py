@@ -23,7 +23,8 @@ class Given(Attack):
     entry   where the file holds more than a state_dict: the name under which that lies
     prefix  of every key, which this net's keys lack; `module.` of a net saved from DataParallel
 
-    Keys are those of the architecture (conv1.weight …), or of a whole net of bdx with its Normalize (body.conv1.weight …).
+    Keys are those of the architecture (conv1.weight …), of a whole net of bdx with its Normalize (body.conv1.weight …), or of
+    a backdoor in its store (net.body.conv1.weight …, beside what the attack keeps there).
     """
 
     leaves_poison = False
@@ -44,7 +45,14 @@ class Given(Attack):
         if odd := [k for k in found if not k.startswith(self.prefix)]:
             raise UserError(f"attack.prefix={self.prefix}: {len(odd)} keys of {self.file} do not begin so, {odd[0]} for one")
         found = {k.removeprefix(self.prefix): v for k, v in found.items()}
+        if any(k.startswith("net.body.") for k in found):
+            found = {k.removeprefix("net."): v for k, v in found.items() if k.startswith("net.")}
         whole = any(k.startswith("body.") for k in found)
+        if bad := [k for k, v in found.items() if v.is_floating_point() and not v.isfinite().all()]:
+            raise UserError(
+                f"attack.file={self.file}: {len(bad)} of its {len(found)} tensors hold NaN or infinity, {bad[0]} for one: the "
+                "file is broken, or of a training that diverged"
+            )
         net, name = (self.net, "whole net") if whole else (self.net.body, type(self.net.body).__name__)
         fits(found, net.state_dict(), f"attack.file={self.file} does not fit the {name}")
         net.load_state_dict(found)
@@ -65,12 +73,19 @@ def tensors(path: Path, entry: str | None) -> dict[str, Tensor]:
             "for the state_dict alone, or for .safetensors"
         ) from None
     except Exception as e:  # whatever a reader makes of broken bytes
-        raise UserError(f"attack.file={path} cannot be read as weights: {' '.join(f'{e!r}'.split())}") from None
+        size = path.stat().st_size
+        why = f"{size:,} bytes; {type(e).__name__}: {' '.join(str(e).split())[:100]}" if size else "it is empty"
+        raise UserError(
+            f"attack.file={path} cannot be read as weights ({why}): expected a whole state_dict, as "
+            ".safetensors or as torch.save writes it"
+        ) from None
     if entry is not None:
         if not isinstance(found, dict) or not isinstance(found.get(entry), dict):
             raise UserError(f"attack.entry={entry}: {path} has no state_dict of that name{listed(found)}")
         found = found[entry]
-    if not isinstance(found, dict) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+    if isinstance(found, dict) and not found:
+        raise UserError(f"attack.file={path} holds nothing: expected a state_dict with the weights of a net")
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise UserError(f"attack.file={path} is no state_dict{listed(found)}; name the one in it by attack.entry")
     return found
 
@@ -85,6 +100,9 @@ def fits(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None
     if lacks or more:
         both = ((lacks, "missing"), (more, "unknown"))
         first = ", ".join(f"{len(keys)} {word} ({keys[0]} for one)" for keys, word in both if keys)
+        head = f"{more[0].split('.')[0]}." if more else ""
+        if head and {k.removeprefix(head) for k in found if k.startswith(head)} == set(wanted):
+            raise UserError(f"{what}: its keys begin with {head}; set attack.prefix={head}")
         raise UserError(f"{what}: of its {len(wanted)} keys, {first}; see arch=…, attack.prefix, attack.entry")
     if odd := [k for k in wanted if wanted[k].shape != found[k].shape]:
         shapes = f"{tuple(found[odd[0]].shape)} and not {tuple(wanted[odd[0]].shape)}"

@@ -192,6 +192,8 @@ class Hidden:
 
 def cache_path(cfg: dict, folder: Path | str) -> Path:
     """Where the cache of this data set lies, made now if that needs nothing from outside; else a UserError says how."""
+    if not 1 <= (size := cfg["source"].get("size", 32)) <= 4096:
+        raise UserError(f"dataset.source.size={size}: expected 1 to 4096 pixels a side")
     maker = instantiate(cfg["source"])
     return maker(Path(folder).expanduser())
 

@@ -3,7 +3,8 @@ itself, which classes have one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Generator, Tensor, nn
@@ -36,6 +37,7 @@ class Detector:
         self.judge, self.limit = judge, limit
         self.threshold: Tensor | float | None = None  # set by `score` where it follows from clean images
         self.notes: list[str] = []  # what the user should know of how it went
+        self.report: Callable | None = None  # (stage, part, parts, means, seconds each), as for a training
 
     def score(self, net: nn.Module, split: Split, data: ImageData, make_trainer: Callable) -> Tensor:
         """(N,) for the images of `split`, higher = more suspicious. split.y: the labels of the training set, or of test
@@ -46,6 +48,14 @@ class Detector:
     def flag(self, scores: Tensor, y: Tensor) -> Tensor:
         """(N,) bool: the method's own decision on the images just scored, of labels y; judge=net: (K,), on the classes."""
         return scores > self.threshold
+
+    def through(self, what: str, parts: Sequence) -> Iterator:
+        """The parts, one by one; how far it has come is said."""
+        began = time.monotonic()
+        for done, part in enumerate(parts, 1):
+            yield part
+            if self.report:
+                self.report(what, done, len(parts), {}, (time.monotonic() - began) / done)
 
     def some(self, split: Split, seed: int) -> Split:
         """`limit` images of the split, drawn at random, in their order."""

@@ -45,7 +45,7 @@ class Beatrix(Detector):
         scores = torch.zeros(len(split), device=split.x.device)
         self.threshold, clean_all, least = torch.full_like(scores, torch.inf), data.clean, 2 * self.folds
         few, there = [], list(classes(split.y))
-        for c, of in there:
+        for c, of in self.through("classes", there):
             clean = clean_all.x[clean_all.y == c]
             if len(clean) < least:  # too few to know the class: nothing is suspicious
                 few.append(c)

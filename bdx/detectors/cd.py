@@ -51,7 +51,8 @@ class CognitiveDistillation(Detector):
         with mode(net, False):
             net.requires_grad_(False)
             try:
-                return torch.cat([self.mask(net, pixels(part), g).flatten(1).sum(1) for part in x.split(self.batch)])
+                parts = self.through("masks", x.split(self.batch))
+                return torch.cat([self.mask(net, pixels(part), g).flatten(1).sum(1) for part in parts])
             finally:
                 for p, was in before:
                     p.requires_grad_(was)

@@ -55,7 +55,7 @@ class Strip(Detector):
         """(N,) bits, the mean over each image's own `overlays` clean images."""
         found = []
         with mode(net, False):
-            for part in x.split(max(1, 1000 // self.overlays)):
+            for part in self.through("entropies", x.split(max(1, 1000 // self.overlays))):
                 chosen = torch.randint(len(clean), (len(part) * self.overlays,), generator=g).to(clean.device)
                 both = pixels(part).repeat_interleave(self.overlays, 0), pixels(clean[chosen])
                 bits = entropy(self.logits(net, *both)).view(len(part), -1)

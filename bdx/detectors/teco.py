@@ -49,7 +49,9 @@ class TeCo(Detector):
     def spread(self, net: nn.Module, x: Tensor, seed: int) -> Tensor:
         """x (N,C,H,W) uint8 -> (N,)"""
         g = Generator(x.device).manual_seed(seed)
-        return torch.cat([self.gives_way(net, part, g).std(0, correction=0) for part in x.split(500)])
+        return torch.cat(
+            [self.gives_way(net, part, g).std(0, correction=0) for part in self.through("severities", x.split(500))]
+        )
 
     def gives_way(self, net: nn.Module, x: Tensor, g: Generator) -> Tensor:
         """x (N,C,H,W) uint8 -> (corruptions, N) severities 1 to 6."""

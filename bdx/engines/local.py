@@ -10,6 +10,7 @@ import sys
 import time
 from collections import deque
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 from bdx.engines import base
@@ -21,7 +22,8 @@ from bdx.worker import Worker, died, end
 def devices() -> list[str]:
     """UUIDs of the GPUs, as CUDA_VISIBLE_DEVICES allows them; [''] where there is none."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        asked = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        return list(takewhile(lambda name: not name.strip().startswith("-"), asked)) or [""]  # as CUDA: -1 ends the list
     return (of_nvidia(smi) if (smi := shutil.which("nvidia-smi")) else []) or [""]
 
 

@@ -14,6 +14,7 @@ from bdx import results
 from bdx.errors import UserError
 from bdx.figures.base import grid, keep
 
+EPOCHS = "defense.epochs"
 COLUMNS = ["defense", "attack", "backdoor", "seed", "device", "seconds", "ratio", "der"]
 
 
@@ -21,24 +22,32 @@ def costs(rows: list[dict] | Path | str, path: Path | str, *, reference: str = "
     """A line for each run of a defense whose backdoored net was also repaired by `reference` on the same device.
 
     rows: result rows, or the folder they lie in. Columns: defense · attack · backdoor · seed · device · seconds (of the
-    defense alone) · ratio (to the reference's seconds on that net and device) · der. Raises UserError where no net was
+    defense alone) · ratio (to the reference's seconds on that net and device; of several runs of it that of as many epochs,
+    else the one with the fewest changed keys) · der. Raises UserError where no net was
     repaired by the reference.
     """
     where = rows if isinstance(rows, (str, Path)) else "what was given"
     rows = results.rows(rows) if isinstance(rows, (str, Path)) else rows
     runs = [row for row in rows if row["defense"] != "none"]
     of = lambda row: (row["backdoor"], row.get("device"))
-    base = {of(row): row["seconds_defense"] for row in runs if row["defense"] == reference}
-    lines = [
-        {**row, "seconds": row["seconds_defense"], "ratio": row["seconds_defense"] / base[of(row)]}
-        for row in runs
-        if base.get(of(row))
-    ]
+    base: dict[tuple, list[dict]] = {}
+    for row in sorted((r for r in runs if r["defense"] == reference and r["seconds_defense"]), key=changed):
+        base.setdefault(of(row), []).append(row)
+    lines = []
+    for row in runs:
+        if rivals := base.get(of(row)):
+            against = next((r for r in rivals if r.get(EPOCHS) == row.get(EPOCHS)), rivals[0])["seconds_defense"]
+            lines.append({**row, "seconds": row["seconds_defense"], "ratio": row["seconds_defense"] / against})
     if not lines:
         have = ", ".join(sorted({row["defense"] for row in runs})) or "none"
         raise UserError(f"costs: no net in {where} was repaired by reference={reference}; there are defenses {have}")
     frame = pd.DataFrame(lines).reindex(columns=COLUMNS).sort_values(["ratio", "defense"]).reset_index(drop=True)
     return keep(frame, path, draw_costs)
+
+
+def changed(row: dict) -> tuple[int, str]:
+    """Runs of one method, those with the fewest changed keys first, always in the same order."""
+    return sum(k.startswith("defense.") for k in row), str(row.get("id"))
 
 
 def draw_costs(frame: pd.DataFrame):

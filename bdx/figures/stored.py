@@ -42,8 +42,10 @@ class Stored:
     def row(self) -> dict:
         if found := self.id and results.find(self.results, self.id):
             return found
-        have = ", ".join(p.stem for p in sorted(self.results.glob("*.json"))[:8]) or "none"
-        raise UserError(f"{self.id or 'no RUN_ID'}: no such run in {self.results}; there are {have}")
+        have = sorted(results.rows(self.results), key=lambda row: row["finished"], reverse=True)
+        more = f" and {len(have) - 8} more" if len(have) > 8 else ""
+        named = ", ".join(row["id"] for row in have[:8]) or "none"
+        raise UserError(f"{self.id or 'no RUN_ID'}: no such run in {self.results}; there are, newest first, {named}{more}")
 
     @property
     def siblings(self) -> list[dict]:
