@@ -55,8 +55,10 @@ def ours(rows: Iterable[dict], composer: Composer) -> tuple[list[dict], set[str]
 
 
 def made(row: dict, composer: Composer) -> str | None:
-    """The id that a run with the names and words of `row` has today."""
-    asked = (f"experiment={PRESET}", f"attack={row['attack']}", f"defense={row['defense']}", f"seed={row['seed']}", *words(row))
+    """The id that a run of the preset with the names and words of `row` has today."""
+    own = composer.plain((f"experiment={PRESET}",))["names"]
+    other = (f"{k}={row[k]}" for k in ("dataset", "arch", "train") if row[k] != own[k])
+    asked = (f"experiment={PRESET}", *other, *(f"{k}={row[k]}" for k in ("attack", "defense", "seed")), *words(row))
     try:
         return grid.ids(asked, composer, row["data_sha256"])[0]
     except UserError:  # a method or a key that is gone

@@ -24,5 +24,5 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
 def one_of(key: str, value, choices: Iterable[str]) -> None:
     """Raise UserError unless `value` is one of `choices`; `key` as it is written on the command line."""
     if value not in (choices := list(choices)):
-        expected = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+        expected = " or ".join(choices) if len(choices) < 3 else f"one of {', '.join(choices)}"
         raise UserError(f"{key}={value}: expected {expected}{nearest(str(value), choices)}")

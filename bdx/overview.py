@@ -9,7 +9,7 @@ from functools import cache, partial
 from statistics import mean
 
 from bdx import grid, metrics, results
-from bdx.chosen import PRESET, SCALE, Setting, first, of_today, settings, words
+from bdx.chosen import PRESET, SCALE, Setting, first, made, of_today, settings, words
 from bdx.comparison import printed, retrained
 from bdx.composer import Composer
 from bdx.configure import CONF, summary
@@ -182,21 +182,22 @@ def elsewhere(_rows: list[dict], _current: set[str], composer: Composer) -> str:
     kept = [r for r in results.rows(grid.EXPERIMENTS / "results") if r["dataset"] != preset["dataset"] and "experiment" in r]
     if not kept:
         return "No row on other images has been measured yet."
-    lines = []
+    lines, current = [], {r["id"] for r in kept if made(r, composer) == r["id"]}
     where = lambda r: (r["dataset"], f"experiment={r['experiment']}", f"arch={r['arch']}", f"train={r['train']}")
     for name in sorted({where(r) for r in kept}):
         of = [r for r in kept if where(r) == name and r["defense"] != "none"]
-        for s in settings(of, set()):
+        for s in settings(of, current):
             before, changed = (
                 s.scores("acc_before", "asr_before"),
                 ", ".join(f"`{w.removeprefix('defense.')}`" for w in s.changed),
             )
-            head = ", ".join(f"`{part}`" for part in name), f"`{s.attack}` {before}", f"`{s.defense}`", changed
+            older = "" if all(r["id"] in current for r in s.rows) else " †"
+            head = ", ".join(f"`{part}`" for part in name), f"`{s.attack}` {before}", f"`{s.defense}`{older}", changed
             lines.append([*head, s.scores("acc", "asr", "ra"), s.scores("der"), str(len(s.rows))])
     days = sorted(r["finished"][:10] for r in kept)
     about = (
         f"{len(kept)} rows, seed {told(kept, 'seed')}; {told(kept, 'n_test')} test images; {told(kept, 'device')}; torch "
-        f"{told(kept, 'torch')}; {days[0]} to {days[-1]}. In percent."
+        f"{told(kept, 'torch')}; {days[0]} to {days[-1]}. In percent.{outdated(kept, current)}"
     )
     head = ["images, net, recipe", "attack, ACC / ASR before", *REPAIRS[1:-1]]
     return "\n".join([textwrap.fill(about, 120), "", *rule(head, lines)])
@@ -216,12 +217,16 @@ def measured_on(rows: list[dict], current: set[str]) -> str:
         f"{of('seed')}; {of('n_test')} test images, {of('n_reserved')} reserved; "
         f"{'; '.join(sorted({r['device'] for r in rows}))}; torch {of('torch')}; {days[0]} to {days[-1]}. In percent."
     )
-    if old := sum(r["id"] not in current for r in rows):
-        about += (
-            f" {old} of them, marked †, were measured before something in their recipe changed: no command of "
-            "today makes their ids, so `bdx table` leaves them out."
-        )
-    return about
+    return about + outdated(rows, current)
+
+
+def outdated(rows: list[dict], current: set[str]) -> str:
+    if not (old := sum(r["id"] not in current for r in rows)):
+        return ""
+    return (
+        f" {old} of them, marked †, were measured before something in their recipe changed: no command of today makes their "
+        "ids, so `bdx table` leaves them out."
+    )
 
 
 def rule(head: list[str], lines: list[list[str]]) -> list[str]:

@@ -83,7 +83,7 @@ def some(net: nn.Module) -> str:
     return ", ".join(names[:3]) + " … " + ", ".join(names[-6:])
 
 
-def find(net: nn.Module, layer: str) -> str:
+def find(net: nn.Module, layer: str, key: str = "layer") -> str:
     """The full name of the module called `layer`, inside `net` or its `body`."""
     names = [n for n, _ in net.named_modules() if n]
     for name in (layer, f"body.{layer}"):
@@ -91,7 +91,7 @@ def find(net: nn.Module, layer: str) -> str:
             return name
     short = [n.removeprefix("body.") for n in names]
     raise UserError(
-        f"layer={layer}: no such layer{nearest(str(layer), short)}; by depth: {', '.join(DEPTHS)}; "
+        f"{key}={layer}: no such layer{nearest(str(layer), short)}; by depth: {', '.join(DEPTHS)}; "
         "`bdx info layers arch=NAME` lists all"
     )
 
@@ -211,7 +211,7 @@ def choose_cut(net: nn.Module, layers: int, at: str | None) -> Cut:
     if at is None and layers in first:
         return first[layers]
     if at is not None:
-        at = find(net, at)
+        at = find(net, at, "defense.cut")
         if same := [c for c in found if c.at == at and c.layers]:
             return same[0]
     asked = f"defense.head={layers}" if at is None else f"defense.cut={at.removeprefix('body.')}"

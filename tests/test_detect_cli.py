@@ -152,7 +152,7 @@ def test_without_an_attack_there_is_no_auc(shared):
         (["detector=strip", "--cfg"], "bdx detect --cfg: expected key=value"),
         (["detector=strip", "detector.overlay=3"], "detector.overlay: no such key (did you mean detector.overlays"),
         (["detector=strip,ac"], "several values make a grid, which is"),
-        (["detector=ac", "detector.judge=test", "dataset=digits"], "detector.judge=test: expected one of train"),
+        (["detector=ac", "detector.judge=test", "dataset=digits"], "detector.judge=test: expected train"),
         (["-m", "detector=ac,nosuch", "experiment=demo"], "detector=nosuch: no such detector"),
     ],
 )

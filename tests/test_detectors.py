@@ -158,7 +158,7 @@ def test_the_rates_by_hand():
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (["detector=ac", "detector.judge=test"], "detector.judge=test: expected one of train"),
+        (["detector=ac", "detector.judge=test"], "detector.judge=test: expected train"),
         (["detector=strip", "detector.limit=0"], "detector.limit=0: expected at least 1"),
         (["detector=strip", "detector.fit=gauss"], "detector.fit=gauss: expected normal or quantile"),
         (["detector=strip", "detector.frr=1.0"], "detector.frr=1.0: expected between 0 and 1"),
@@ -170,7 +170,7 @@ def test_the_rates_by_hand():
         (["detector=abl_loss", "detector.ascent=up"], "detector.ascent=up: expected lga or flooding"),
         (["detector=abl_loss", "detector.optimizer.lr=-1"], "detector.optimizer cannot be used"),
         (["detector=cd", "detector.lr=0.0"], "detector.lr=0.0"),
-        (["detector=nc", "detector.judge=train"], "detector.judge=train: expected one of net"),
+        (["detector=nc", "detector.judge=train"], "detector.judge=train: expected net"),
         (["detector=nc", "detector.anomaly=-1.0"], "detector.anomaly=-1.0: expected 0 or more"),
         (["detector=nc", "detector.rule.success=0.0"], "detector.success=0.0, cost=0.001: expected success above 0"),
         (["detector=nc", "detector.optimizer.lr=-1.0"], "detector.optimizer cannot be used"),

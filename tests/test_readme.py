@@ -169,7 +169,7 @@ def test_rows_on_other_images_have_a_table_of_their_own(tmp_path, monkeypatch):
     assert head[:3] == ["images, net, recipe", "attack, ACC / ASR before", "defense"]
     assert line[0] == "`gtsrb`, `experiment=cpu_scale`, `arch=preact_resnet18`, `train=fast`"
     assert line[2:] == [
-        "`npd`",
+        "`npd` †",
         "`epochs=17`, `warmup_epochs=2`",
         "60.00 ± 14.14 / 10.00 ± 0.00 / 75.00 ± 0.00",
         "90.00 ± 0.00",
