@@ -122,7 +122,7 @@ def test_rows_of_another_preset_are_left_out_and_older_ones_are_counted():
     digits = now | {"id": "2" * 16, "dataset": "digits"}
     text = written([now, wide, digits])
     assert "1 rows" in text
-    assert "†" not in text
+    assert "†" not in text.partition("<!-- table:other_images")[0]  # that is of the rows in git
     text = written([now, old])
     assert "1 of them, marked †, were measured before something in their recipe changed" in " ".join(text.split())
     assert table(text, "cpu_scale")[2][1] == "`npd`"
