@@ -109,11 +109,12 @@ def matrix(rows: list[dict], current: set[str], composer: Composer) -> str:
 
 
 def trigger_looks() -> dict[str, dict[str, str]]:
-    """Backdoor -> its line in the tables of `bdx info triggers` that lie beside the rows."""
+    """Backdoor, or attack with nothing changed -> its line in the tables of `bdx info triggers` that lie beside the rows."""
     found = {}
     for path in sorted((grid.EXPERIMENTS / "results").glob("triggers_*.csv")):
         with open(path, newline="") as file:
-            found |= {of["backdoor"]: of for of in csv.DictReader(file) if of["backdoor"]}
+            for of in csv.DictReader(file):
+                found |= {name: of for name in (of["backdoor"], "" if of["changed keys"] else of["attack"]) if name}
     return found
 
 
@@ -135,7 +136,8 @@ def attacks(rows: list[dict], current: set[str], composer: Composer) -> str:
         images = ", ".join(sorted({f"{r['n_poisoned']:,}" for r in s.rows}))
         seconds = f"{mean(r['seconds_attack'] for r in s.rows):.0f}"
         changed = ", ".join(f"`{w}`" for w in s.changed)
-        of = next((looks[r["backdoor"]] for r in s.rows if r.get("backdoor") in looks), {})
+        names = (*(r.get("backdoor") for r in s.rows), None if s.changed else s.attack)
+        of = next((looks[name] for name in names if name in looks), {})
         numbers = s.scores("acc_before", "asr_before"), *(of.get(k, "–") for k in shown), images, seconds, str(len(s.rows))
         lines.append([f"`{s.attack}`", changed, *numbers, undefended(s.attack) or "–"])
     about = (
