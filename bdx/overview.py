@@ -114,7 +114,7 @@ def trigger_looks() -> dict[str, dict[str, str]]:
     for path in sorted((grid.EXPERIMENTS / "results").glob("triggers_*.csv")):
         with open(path, newline="") as file:
             for of in csv.DictReader(file):
-                found |= {name: of for name in (of["backdoor"], "" if of["changed keys"] else of["attack"]) if name}
+                found |= {name: of for name in (of["backdoor"], "" if of.get("changed keys") else of["attack"]) if name}
     return found
 
 

@@ -263,6 +263,12 @@ def test_what_a_library_asserts_is_a_users_mistake():
         build("vit_b_16", "arch.width=8")
 
 
+def test_a_key_of_a_preset_that_another_net_does_not_take_is_named():
+    for arch in ({"_target_": "torchvision.models.vgg19"}, {"_target_": "bdx.archs.preact_resnet.preact_resnet18"}):
+        with pytest.raises(UserError, match=r"it takes no depth, which a preset may set for another net: add ~arch\.depth$"):
+            archs.build(arch | {"depth": 3}, num_classes=10, mean=[0.5] * 3, std=[0.2] * 3, shape=(3, 32, 32))
+
+
 def test_an_unknown_key_names_itself():
     arch = config("arch=preact_resnet18") | {"depth": 18}
     with pytest.raises(UserError, match=r"cannot build bdx\.archs\.preact_resnet\.preact_resnet18: .*depth"):

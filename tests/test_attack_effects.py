@@ -126,4 +126,6 @@ def test_the_readme_takes_what_triggers_look_like_from_that_table(tmp_path, monk
     (tmp_path / "results" / "triggers_cifar10.csv").write_text(f"{','.join(head)}\nbadnets,b,2.83,255,27.7,0.974\n")
     last = overview.attacks([row, row | {"attack": "sig", "backdoor": "c"}], set(), None).splitlines()[-2:]
     assert last[0] == "| `badnets` |  | 90.00 / 95.00 | 2.83 | 255 | 27.7 | 0.974 | 5 | 7 | 1 | NPD 91.82 / 93.79 |"
+    again = overview.attacks([row | {"backdoor": "of another day"}], set(), None).splitlines()[-1]
+    assert again == last[0]  # trained again, it looks the same
     assert last[1].startswith("| `sig` |  | 90.00 / 95.00 | – | – | – | – | 5")

@@ -259,7 +259,6 @@ IMPOSSIBLE = [
     (["train.optimizer.lr=0.5"], r"train\.optimizer\.lr=0\.5: the schedule of train=fast sets the rate by its own max_lr"),
     (["dataset.source.size=0"], r"dataset\.source\.size=0: expected 1 to 4096"),
     (["seed=99999999999"], r"seed=99999999999: expected 0 to 2147483647"),
-    (["arch=vgg19", "+arch.width=8"], r"takes no width, which a preset may set for another net: add ~arch\.width"),
     (["dataset.normalize={mean:[125.0,123.0,114.0],std:[63.0,62.0,67.0]}"], r"pixels are in \[0,1\]; expected means from 0"),
     (["attack=blended", "attack.file=/"], r"attack\.file=/: that is a folder"),
     (["train.optimizer.lr=-1", "train.schedule=null"], r"train\.optimizer cannot be used: Invalid learning rate: -1"),

@@ -113,7 +113,8 @@ class Always(torch.nn.Module):
 def test_a_net_that_lost_the_reserved_images_is_reported(needs, k, said):
     clean, screen, heard = Split.clean(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 0])), Screen(), []
     screen.say = heard.append
-    found = bdx.run.reserved_acc(Always(0), Always(k), SimpleNamespace(needs=needs), clean, screen)
+    attack = SimpleNamespace(net=Always(0), trained_here=True, num_classes=10)
+    found = bdx.run.reserved_acc(attack, Always(k), SimpleNamespace(needs=needs), clean, screen)
     assert found == {"acc_reserved_before": 0.75, "acc_reserved": 0.25 if k else 0.75}
     assert heard == said
 

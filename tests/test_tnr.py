@@ -85,7 +85,7 @@ def test_layers_that_work_in_place_are_no_obstacle(digits):
     [
         (["defense.head=4"], r"defense.head=4: the net cannot be cut there.*3 \(behind layer4.0, 42.4% of the parameters\)"),
         (["defense.cut=layer4.1.conv1"], r"defense.cut=layer4.1.conv1: .*heads that can be: 1 \(behind layer4.1"),
-        (["defense.cut=layer5"], r"layer=layer5: no such layer \(did you mean layer"),
+        (["defense.cut=layer5"], r"defense\.cut=layer5: no such layer \(did you mean layer"),
         (["defense.decoder=[8,8,8]"], r"decoder=\[8, 8, 8\]: from \(64, 4, 4\) to .* there are 2 hidden layers"),
         (["defense.stages=first"], "defense.stages=first: expected one of both, trap, replace"),
         (["defense.replace.dropout=1.0"], "defense.replace.dropout=1.0, label_smoothing=0.1: expected 0 up to, but not, 1"),
