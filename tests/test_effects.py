@@ -125,7 +125,8 @@ def test_the_effect_of_every_attack_is_tested():
 @pytest.mark.parametrize("parts", TOGETHER, ids=lambda parts: parts[0].removeprefix("{attack:").partition(",")[0])
 def test_several_triggers_at_once_each_reach_a_class_of_their_own(parts, cell):
     text = ",".join(part.replace(",", f",target:{i},", 1) for i, part in enumerate(parts))
-    how = [*HOW, "train.epochs=14", *[WHOLE] * (parts is not TOGETHER[0]), *[STILL] * (len(parts) == 2)]
+    gentle = ["train.schedule.max_lr=0.05"] * parts[0].startswith("{attack:bpp,")  # at 0.1 no seed held on to all three
+    how = [*HOW, *gentle, "train.epochs=14", *[WHOLE] * (parts is not TOGETHER[0]), *[STILL] * (len(parts) == 2)]
     row, unharmed = tried(cell, "attack=multi", f"attack.parts=[{text}]", *how)
     assert len([k for k in row if k.startswith("asr_") and not k.endswith("before")]) == len(parts)
     assert worst(row) >= 0.9, row
