@@ -137,7 +137,7 @@ def read(argv: list[str], usage: str) -> Measured:
     names, words = [a for a in argv if "=" not in a], [a for a in argv if "=" in a]
     if flag := next((n for n in names if n.startswith("-")), None):
         raise UserError(f"{flag}: no such flag; expected `{usage}`")
-    if len(names) != 1 or names[0].startswith("-"):
+    if len(names) != 1:
         raise UserError(f"expected `{usage}`; there are {', '.join(grid.experiments())}")
     size = next((w.partition("=")[2] for w in words if w.startswith("scale=")), "paper")
     words = [w for w in words if not w.startswith("scale=")]
