@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 from collections.abc import Iterator
 
@@ -33,6 +34,8 @@ def check_target(target: str, allowed: tuple[str, ...]) -> None:
     text = f"_target_={target} is not allowed here; allowed are {', '.join(a + '*' * (a in below) for a in allowed)}"
     if target not in allowed and not str(target).startswith(below):
         raise UserError(text)
+    if importlib.util.find_spec(root := str(target).partition(".")[0]) is None:  # one of `allowed`, so bdx has an extra for it
+        raise UserError(f"_target_={target} needs {root}, which is not installed: pip install 'bdx[{root}]'")
     try:
         found = hydra.utils.get_object(target)
     except (ImportError, AttributeError, ValueError) as e:

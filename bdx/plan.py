@@ -66,8 +66,10 @@ def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> No
     if wanted:
         say(f"backdoors: {len(wanted)}, of which {len(new)} are still to be trained")
     if todo:
-        seconds = estimate(todo, plan.paths["results"], plan.stored, composer)
-        say(f"time: {'no earlier row tells' if seconds is None else f'about {spoken(seconds)} of one slot, by earlier rows'}")
+        seconds, unknown = estimate(todo, plan.paths["results"], plan.stored, composer)
+        guess = f"; a guess for {', '.join(unknown)}, of which there is none" * bool(unknown)
+        told = "no earlier row tells" if seconds is None else f"about {spoken(seconds)} of one slot, by earlier rows{guess}"
+        say(f"time: {told}")
     if came := sum(bool(c.run and results.find(CAME, c.run)) for c in todo):
         say(f"rows: of {came} of these one came with bdx, which `bdx table` shows; they are measured here all the same")
     if any(c.run is None for c in runnable):

@@ -258,6 +258,12 @@ def test_an_unknown_net_of_a_library_is_a_users_mistake(arch, key):
         build(arch, f"arch.{key}=resnt18")
 
 
+def test_a_library_that_is_not_installed_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^_target_=timm\.create_model needs timm, .*: pip install 'bdx\[timm\]'$"):
+        instantiate(config("arch=timm"))
+
+
 def test_what_a_library_asserts_is_a_users_mistake():
     with pytest.raises(UserError, match=r"^cannot build bdx\.archs\.vit\.vit: embed_dim must be divisible by num_heads$"):
         build("vit_b_16", "arch.width=8")

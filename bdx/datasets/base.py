@@ -201,10 +201,14 @@ def cache_path(cfg: dict, folder: Path | str) -> Path:
 def verify(path: Path, head: dict, tensors: dict[str, Tensor], name: str) -> None:
     """The cache must be of this data set and hold the very pixels and labels that its header names (a run's id does)."""
     top = max(int(tensors[f"{s}_labels"].max()) for s in ("train", "test"))
-    if head["dataset"] != name or top >= len(head["classes"]):
+    if head["dataset"] != name:
         raise UserError(
-            f"{path} holds {head['dataset']} with {len(head['classes'])} classes and labels up to {top}, not {name}; "
-            f"remove it and run `bdx data prepare {name}`"
+            f"dataset.name={name}, but {path} holds {head['dataset']}: dataset=NAME chooses another data set, and its name is "
+            f"not set by hand; where the file is in the wrong place, remove it and run `bdx data prepare {name}`"
+        )
+    if top >= len(head["classes"]):
+        raise UserError(
+            f"{path} holds {len(head['classes'])} classes and labels up to {top}; remove it and run `bdx data prepare {name}`"
         )
     if imagefile.digest({k: tensors[k].numpy() for k in imagefile.TENSORS}) != head["sha256"]:
         raise UserError(f"{path} does not match its checksum: altered, remove it and run `bdx data prepare {name}`")
