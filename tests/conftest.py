@@ -49,6 +49,15 @@ def target(group: str, name: str) -> str:
     return node.get("_target_") or target(group, node.defaults[0])
 
 
+def made() -> list[str]:
+    """The attacks whose trigger is made before the victim is trained; from their YAML alone, as composing all takes seconds."""
+    from hydra.utils import get_class
+
+    from bdx.attacks.made import Made
+
+    return [name for name in names("attack") if issubclass(get_class(target("attack", name)), Made)]
+
+
 def paths(root: Path) -> list[str]:
     return [f"paths.data={root / 'data'}", f"paths.out={root / 'out'}"]
 
@@ -121,7 +130,7 @@ def quick_trainer():
     return partial(make_trainer, device=torch.device("cpu"), precision="32-true", seed=0, report=lambda *_: None)
 
 
-__all__ = ["CONF", "ROOT", "ROW", "TINY", "build_attack", "load_digits", "names", "paths"]
+__all__ = ["CONF", "ROOT", "ROW", "TINY", "build_attack", "load_digits", "made", "names", "paths", "target"]
 
 
 @pytest.fixture(scope="module")

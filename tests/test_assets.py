@@ -11,14 +11,13 @@ import hydra.utils
 import numpy as np
 import pytest
 import torch
-from conftest import CONF, TINY, build_attack, names, paths
+from conftest import CONF, TINY, build_attack, made, paths, target
 from omegaconf import OmegaConf
 from PIL import Image
 
 import bdx.backdoor
 import bdx.run
 from bdx import recipe
-from bdx.attacks.made import Made
 from bdx.configure import choice, compose
 from bdx.errors import UserError
 from bdx.figures.stored import Stored
@@ -147,10 +146,10 @@ def id_of(name: str, surrogate: dict | None = None, **changes) -> str:
 
 
 def type_of(name: str) -> type:
-    return hydra.utils.get_object(composed(name).attack._target_)
+    return hydra.utils.get_object(target("attack", name))
 
 
-MADE = [n for n in names("attack") if issubclass(type_of(n), Made)]
+MADE = made()
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -7,18 +7,17 @@ import hashlib
 
 import pytest
 import torch
-from conftest import BRIEF, TINY, paths
-from hydra.utils import get_class
+from conftest import BRIEF, TINY, made, paths
 from safetensors.torch import load_file, save_file
 
 import bdx.backdoor
 import bdx.run
 from bdx import recipe, results
 from bdx.attacks.made import Made
-from bdx.configure import compose, options
+from bdx.configure import compose
 from bdx.errors import UserError
 
-MADE = [n for n in options("attack") if issubclass(get_class(compose([f"attack={n}"]).attack._target_), Made)]
+MADE = made()
 CELL = [*TINY, "train.epochs=1", "train.batch=128", "defense=none"]
 
 
