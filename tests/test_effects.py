@@ -122,6 +122,14 @@ def test_the_effect_of_every_attack_is_tested():
     assert together | set(ALONE) | set(PHOTOGRAPHS) | NOT_HERE == {p.stem for p in (CONF / "attack").glob("*.yaml")}
 
 
+@pytest.mark.parametrize("name", list(PHOTOGRAPHS))
+def test_on_photographs_an_attack_reaches_its_class(name, photographs):
+    asked = [*photographs, "defense=none"]
+    row, clean = (run(compose([*asked, f"attack={of}", *PHOTOGRAPHS.get(of, [])])) for of in (name, "none"))
+    assert row["asr"] >= 0.9, row
+    assert row["acc"] >= clean["acc"] - 0.05
+
+
 @pytest.mark.parametrize("parts", TOGETHER, ids=lambda parts: parts[0].removeprefix("{attack:").partition(",")[0])
 def test_several_triggers_at_once_each_reach_a_class_of_their_own(parts, cell):
     text = ",".join(part.replace(",", f",target:{i},", 1) for i, part in enumerate(parts))
@@ -138,11 +146,3 @@ def test_alone_an_attack_reaches_its_class(name, cell):
     row, unharmed = tried(cell, f"attack={name}", *HOW, *ALONE[name])
     assert row["asr"] >= 0.9, row
     assert row["acc"] >= unharmed - 0.05
-
-
-@pytest.mark.parametrize("name", list(PHOTOGRAPHS))
-def test_on_photographs_an_attack_reaches_its_class(name, photographs):
-    asked = [*photographs, "defense=none"]
-    row, clean = (run(compose([*asked, f"attack={of}", *PHOTOGRAPHS.get(of, [])])) for of in (name, "none"))
-    assert row["asr"] >= 0.9, row
-    assert row["acc"] >= clean["acc"] - 0.05
