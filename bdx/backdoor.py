@@ -35,12 +35,18 @@ def build_attack(cfg: DictConfig, data: datasets.ImageData) -> Attack:
 
 
 def no_effect(plain: dict) -> None:
-    """Refuse a rate that a schedule would put its own in the place of."""
+    """Refuse a rate, or a momentum, that a schedule would put its own in the place of."""
     asked, schedule = plain["asked"], plain["train"]["schedule"] or {}
     if "train.optimizer.lr" in asked and "max_lr" in schedule and "train.schedule.max_lr" not in asked:
         raise UserError(
             f"train.optimizer.lr={plain['train']['optimizer']['lr']}: the schedule of train={plain['names']['train']} sets the "
             "rate by its own max_lr; set train.schedule.max_lr, or train.schedule=null for a constant rate"
+        )
+    if "train.optimizer.momentum" in asked and "max_lr" in schedule and schedule.get("cycle_momentum", True):
+        raise UserError(
+            f"train.optimizer.momentum={plain['train']['optimizer']['momentum']}: the schedule of "
+            f"train={plain['names']['train']} moves the momentum between 0.95 and 0.85; add "
+            "+train.schedule.cycle_momentum=false for a constant one"
         )
 
 

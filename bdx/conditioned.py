@@ -1,7 +1,7 @@
 """Polarizers that look at a class: CNPD's three forms, on feature maps and on a transformer's tokens.
 
 Source: Zhu et al., Class-Conditional Neural Polarizer, 2025, arXiv 2502.18520. Only its abstract could be read: what is
-said there is built here, every other choice is an assumption of ours and a switch in conf/defense/cnpd.yaml.
+said there is built here, every other choice is an assumption of ours and a switch in conf/defense/cnpd_r.yaml.
 
 Each is called with z (N, C, H, W), or tokens (N, …, C), and `label`: (G,) int64 or (G, K) probabilities, one for each
 consecutive group of N/G images, so that (N,) are labels per image and (K,) a batch stacked once per class. All start as

@@ -24,6 +24,8 @@ class Inserted(nn.Module):
         self.active = True
 
     def forward(self, z: Tensor) -> Tensor:
+        if not self.active and getattr(self.module, "inplace", False):
+            z = z.clone()  # a pass that follows may get the same tensor (shared_prefix)
         if self.active:
             z = self.layer(z) if self.condition is None else self.layer(z, self.label)
         return self.module(z)

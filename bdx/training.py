@@ -162,6 +162,7 @@ class Watch(pl.Callback):
         torch.manual_seed(self.seed * 1_000_003 + trainer.current_epoch + 1)
         trainer.train_dataloader.epoch = trainer.current_epoch
         self.sums, self.steps, self.began = {}, 0, time.monotonic()
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # at its end the next epoch's is set already
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         for name, value in outputs.items():
@@ -176,9 +177,8 @@ class Watch(pl.Callback):
                 f"{self.stage}: the loss is not finite in epoch {epoch + 1} of {trainer.max_epochs}; "
                 "try a smaller learning rate, or train.precision=32-true"
             )
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
         seconds = time.monotonic() - self.began
-        self.report(self.stage, epoch + 1, trainer.max_epochs, means | {"lr": lr}, seconds)
+        self.report(self.stage, epoch + 1, trainer.max_epochs, means | {"lr": self.lr}, seconds)
         if self.checkpoint and epoch + 1 < trainer.max_epochs:
             # what save_checkpoint would write; the live tensors change with the next step
             self.state = copy.deepcopy(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
@@ -223,7 +223,10 @@ class Stays(SingleDeviceStrategy):
 def make_trainer(
     stage: str, epochs: int, *, device: torch.device, precision: str, seed: int, report: Callable, checkpoint=None, since=None
 ) -> pl.Trainer:
-    """A Trainer for one stage; `report(stage, epoch, epochs, means, seconds)` hears of every epoch. since: of Watch."""
+    """A Trainer for one stage; `report(stage, epoch, epochs, means, seconds)` hears of every epoch, of the rate at its
+    start, too. since: of Watch."""
+    if device.type == "cpu" and precision == "16-mixed":  # Lightning would take bf16 without a word that is heard
+        raise UserError("train.precision=16-mixed: a CPU has no such arithmetic; take bf16-mixed or 32-true")
     return pl.Trainer(
         max_epochs=epochs, precision=precision, devices=1,
         accelerator={"cuda": "gpu"}.get(device.type, device.type), strategy=Stays(device),

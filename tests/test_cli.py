@@ -263,6 +263,7 @@ IMPOSSIBLE = [
     (["attack=blended", "attack.file=/"], r"attack\.file=/: that is a folder"),
     (["train.optimizer.lr=-1", "train.schedule=null"], r"train\.optimizer cannot be used: Invalid learning rate: -1"),
     (["+train.optimizer.betas=1"], r"train\.optimizer cannot be used: .*unexpected keyword argument 'betas'"),
+    (["train.optimizer.momentum=0.5"], r"train\.optimizer\.momentum=0\.5: the schedule of train=fast moves the momentum"),
     (["train.schedule.max_lr=-1"], r"train\.schedule cannot be used: the learning rate is -0\.04 at some time"),
     (["train.schedule.pct_start=7"], r"train\.schedule cannot be used: Expected float between 0 and 1 pct_start"),
     (["defense=ft", "defense.optimizer.lr=-1"], r"defense\.optimizer cannot be used: Invalid learning rate: -1"),

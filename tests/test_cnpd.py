@@ -94,6 +94,32 @@ def test_classes_in_turn_are_classes_at_once(repaired):
         assert torch.allclose(in_turn.state_dict()[name], value, atol=1e-5), name
 
 
+@pytest.mark.parametrize("how", ["defense.adv_condition=predicted", "defense.budget.stop=0.6"])
+def test_classes_that_hang_on_each_other_take_no_turns(how, repaired, attack):
+    at_once, usual = (repaired("cnpd_r", how, *o).polarizer.state_dict() for o in (["defense.at_once=10"], []))
+    assert all(torch.equal(usual[k], v) for k, v in at_once.items())
+    with pytest.raises(UserError, match=r"at_once=4: with adv_condition=predicted or budget\.stop .* take null, or 10"):
+        made(attack, "cnpd_r", how, "defense.at_once=4")
+
+
+def test_in_turns_the_net_is_not_whole(attack):
+    """What looks at it after each epoch (eval.oracle) would see one class's polarizer in the place of all."""
+    defense = made(attack, "cnpd_r")
+    assert defense.tunes("CNPD")
+    defense.classes = torch.arange(4)
+    assert not defense.tunes("CNPD")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_training_never_sees_the_targets_label(name, repaired):
+    """condition=oracle is for inference."""
+    for source in ("oracle", "random"):
+        how = f"defense.condition={source}", "defense.adv_condition=predicted"
+        a, b = (repaired(name, *how, f"defense.target={k}").polarizer.state_dict() for k in (3, 7))
+        usual = repaired(name, *how[1:]).polarizer.state_dict()
+        assert all(torch.equal(b[k], v) and torch.equal(usual[k], v) for k, v in a.items())
+
+
 def test_a_sample_is_touched_by_its_own_class_alone():
     polarizer = Replicated(4, classes=3, tokens=False, restore=True).eval()
     z, label = torch.randn(6, 4, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -271,6 +297,19 @@ def test_a_shared_prefix_changes_no_value_and_no_gradient(attack, digits):
         assert torch.allclose(*(torch.autograd.grad(v.square().sum(), x, retain_graph=True)[0] for v in (a, b)), atol=1e-5)
 
 
+def test_a_shared_prefix_is_safe_before_a_module_that_works_in_place():
+    net = torch.nn.Sequential()
+    net.add_module("body", torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(inplace=True)))
+    surgery.insert(net, "body.1", layer := torch.nn.Tanh(), {})
+    gate, x = net.get_submodule("body.1"), torch.randn(5, 3)
+    wanted = net.body[0](x).tanh().relu()
+    with surgery.shared_prefix(net, "body.1"):
+        with surgery.given(gate, None, active=False):
+            net(x)
+        assert torch.allclose(net(x), wanted)
+    assert gate.layer is layer
+
+
 def test_in_front_of_the_first_module_there_is_no_prefix(attack, digits):
     defense, x = made(attack, "cnpd_e", "defense.layer=normalize").eval(), pixels(digits.test.x[:4])
     with torch.no_grad():
@@ -351,6 +390,8 @@ def test_every_class_leaves_out_images_of_that_class(attack, digits):
         (["defense.condition=guess"], "defense.condition=guess: expected one of predicted, oracle"),
         (["defense.soft=true", "defense.condition=oracle"], "there are probabilities with condition=predicted alone"),
         (["defense.clean_condition=half"], "clean_condition=half goes with targets=random or runner_up"),
+        (["defense.soft=true", "defense.targets=random"], "r's BatchNorm takes statistics class by class"),
+        (["defense.soft=true", "defense.adv_condition=predicted", "defense.bn_mode=train"], "r's BatchNorm takes statistics"),
         (["defense.at_once=0"], "at_once=0, code_size=64: expected at least 1"),
         (["defense.target=99"], "defense.target=99: expected 0 to 9, the class that oracle and wrong go by"),
         (["attack.labels=all2all", "defense.condition=oracle"], "an all2all attack sends each image to the class after"),

@@ -313,6 +313,24 @@ def test_the_demo_shows_the_effect(tmp_path):
     assert row["acc"] >= row["acc_before"] - 0.05
 
 
+def test_the_rate_of_an_epoch_is_the_one_that_it_ran_at(small):
+    heard = []
+    attack = build_attack(small, "train=paper", "train.epochs=3", "train.optimizer.lr=0.04")
+    trainer = make_trainer(
+        "backdoor", 3, device=torch.device("cpu"), precision="32-true", seed=0, report=lambda *said: heard.append(said[3]["lr"])
+    )
+    used = []
+    attack.on_train_epoch_start = lambda: used.append(attack.trainer.optimizers[0].param_groups[0]["lr"])
+    trainer.fit(attack, small.batches(small.clean, size=70, shuffle=True, augment=False))
+    assert heard == used
+    assert heard[0] == 0.04 > heard[1] > heard[2] > 0
+
+
+def test_a_cpu_is_not_asked_for_16_bits_that_it_lacks(small):
+    with pytest.raises(UserError, match=r"train\.precision=16-mixed: a CPU has no such arithmetic; take bf16-mixed or 32-true"):
+        make_trainer("backdoor", 1, device=torch.device("cpu"), precision="16-mixed", seed=0, report=None)
+
+
 def test_the_mean_of_an_epochs_losses_is_not_taken_in_bf16():
     """390 losses of −0.1, summed in bf16, stop at −32."""
     heard = []

@@ -14,6 +14,7 @@ from conftest import ROOT, ROW, names, target
 
 from bdx import declared, grid, layout, recipe, report, tables
 from bdx.agreement import t_test, tau, verdict
+from bdx.build import instantiate
 from bdx.claims import agreement, judged
 from bdx.comparison import Entry, averages, collect, fixed, marks, printed, printed_cells, retrained, same
 from bdx.composer import Composer, resolve
@@ -204,13 +205,22 @@ def test_a_printed_table_lacks_nothing_but_poisoned_sets_and_generated_images(na
     assert all(text.startswith(("a poisoned training set of ", "dataset.reserved.generated=")) for text in lacks), lacks
 
 
+@pytest.mark.parametrize("name", ["npd2023/table02", "npd2023/table09", "cnpd2025/table03"])
+def test_npds_radius_on_tiny_imagenet_is_the_papers(name):
+    """6, which is 3 in the units of 32×32 that bdx counts in."""
+    found = [c for c in cells(name, "paper") if {"dataset=tiny_imagenet", "defense=npd"} <= set(c.words)]
+    assert found
+    for cell in found:
+        assert instantiate(compose(list(cell.words)).defense.budget).radius_at((3, 64, 64)) == 6
+
+
 def test_words_come_with_several_words_at_once():
-    """NPD's radius on Tiny ImageNet is twice that on CIFAR-10, which the other scales take in its place."""
-    wide = "defense.budget.radius=6.0"
-    for scale, defense, comes in (("paper", "npd", True), ("paper", "ibau", False), ("cpu", "npd", False)):
+    """BackdoorBench's u of EP on Tiny ImageNet is another than on CIFAR-10, which the other scales take in its place."""
+    wide = "defense.u=4.0"
+    for scale, defense, comes in (("paper", "ep", True), ("paper", "ibau", False), ("cpu", "ep", False)):
         (cell,) = cells("npd2023/table02", scale, "attack=badnets", f"defense={defense}")
         assert (wide in cell.words) == comes
-    (cell,) = cells("npd2023/table02", "paper", "attack=badnets", "defense=npd", "defense.budget.radius=4.0")
+    (cell,) = cells("npd2023/table02", "paper", "attack=badnets", "defense=ep", "defense.u=3.0")
     assert wide not in cell.words
     assert {"dataset=tiny_imagenet", "train=paper_tiny"} <= set(cell.words)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bdx import surgery
 from bdx.adversarial import perturb
-from bdx.conditioned import condition
+from bdx.conditioned import condition, label_of
 from bdx.defenses.npd import IGNORE, NPD, runner_up
 from bdx.errors import UserError, one_of
 
@@ -34,7 +34,8 @@ class CNPD(NPD):
     adv_condition  the label under which a perturbed image is purified: its target, or predicted (A3)
     clean_condition  that of a clean image: home (the target's), predicted, or half and half (A5)
     at_once        how many of r's classes are trained in one batch, the others following independently; null: all on a GPU,
-                   one on a CPU, where larger batches leave the caches. The result is the same
+                   one on a CPU, where larger batches leave the caches. The result is the same. Where one class hangs on
+                   the others (adv_condition=predicted, budget.stop), all are
     code, code_size, fusion, attention   of the forms e and a (A12, A13)
     """
 
@@ -61,10 +62,22 @@ class CNPD(NPD):
                 f"defense.condition={condition}: an all2all attack sends each image to the class after its own, so that no one "
                 "class is the target; take predicted, random or none"
             )
+        together = adv_condition == "predicted" or npd["budget"].stop is not None
+        if form == "r" and together and (at_once or k) < k:
+            raise UserError(
+                f"defense.at_once={at_once}: with adv_condition=predicted or budget.stop a class hangs on the others, so "
+                f"that all are trained at once; take null, or {k}"
+            )
+        moving = bool(npd["warmup_epochs"]) or npd["bn_mode"] == "train"
+        if form == "r" and soft and moving and (targets != "every" or adv_condition == "predicted"):
+            raise UserError(
+                "defense.soft=true: r's BatchNorm takes statistics class by class, for which a mixture of classes will not do; "
+                "take targets=every and adv_condition=target, or warmup_epochs=0 and bn_mode=frozen"
+            )
         self.how = {"source": condition, "soft": soft, "target": target, "classes": net.spec["num_classes"]}
         self.shape_of = {"form": form, "code": code, "size": code_size, "fusion": fusion, "attention": attention}
         self.targets, self.attacked, self.adv_condition = targets, attacked, adv_condition
-        self.clean_condition, self.at_once = clean_condition, at_once
+        self.clean_condition, self.at_once = clean_condition, k if together else at_once
         if (npd["targeted"], npd["universal"], npd["structure"]) != (True, False, "conv_bn"):
             raise UserError("CNPD perturbs each image towards classes, with structure=conv_bn; npd has the other variants")
         super().__init__(net, target=None, **npd)
@@ -76,6 +89,9 @@ class CNPD(NPD):
         spec = {"_target_": f"bdx.conditioned.{FORMS[of['form']]}", "channels": channels, "classes": classes}
         extra = {"r": (), "e": ("code", "size", "fusion"), "a": ("code", "size", "attention")}[of["form"]]
         return spec | self.on_tokens(tokens) | {k: of[k] for k in extra}, how
+
+    def tunes(self, stage: str) -> bool:
+        return len(self.classes) == self.how["classes"] and super().tunes(stage)  # in a turn the net is not whole
 
     # the loop: r's classes are independent, so they may take turns
 
@@ -120,14 +136,21 @@ class CNPD(NPD):
             aim = (y + torch.randint(1, self.how["classes"], y.shape, device=y.device)) % self.how["classes"]
         else:
             with torch.no_grad():
-                aim = runner_up(self.net(x), y)
+                aim = runner_up(self.net(x, self.seen(x)), y)
         return x, y, aim, aim
+
+    def seen(self, x: Tensor) -> Tensor:
+        """The label that training purifies under where it takes the predicted one, whatever `condition` is at inference: that
+        may be the attack's target, of which no defense knows."""
+        if self.how["source"] in ("predicted", "none"):
+            return self.net.condition(x)
+        return label_of({"source": "predicted", "soft": False}, self.net.raw(x).detach())
 
     def home(self, x: Tensor, label: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """(the label that clean images are purified under, which of them count)"""
         if self.clean_condition == "home":
             return label, counts
-        seen = self.net.condition(x)
+        seen = self.seen(x)
         if self.targets == "every":  # each copy of the batch counts where the net predicts its class
             hard = seen if seen.ndim == 1 else seen.argmax(1)
             return label, self.classes.to(hard.device).repeat_interleave(len(x) // len(label)) == hard
@@ -145,7 +168,7 @@ class CNPD(NPD):
         """The terms at x+δ; logits: those of the clean term."""
         net = partial(self.victim, label=label)
         worst = perturb(net, x.detach(), aim, self.budget, targeted=True, first=first)
-        adv = self.net(worst, label) if self.adv_condition == "target" else self.net(worst)
+        adv = self.net(worst, label if self.adv_condition == "target" else self.seen(worst))
         return self.reduce(self.terms(adv.float(), y, aim, logits.detach()), aim != IGNORE)
 
     def reduce(self, terms: dict[str, Tensor], counts: Tensor) -> dict[str, Tensor]:

@@ -116,7 +116,7 @@ class NPD(Tuning):
         return nullcontext()
 
     def learn(self, batches, make_trainer: Callable) -> None:
-        """Warm-up, then the two problems."""
+        """Warm-up, then the two problems, whose first epochs see the warm-up's batches again."""
         if self.warmup_epochs:
             self.warming = True
             self.polarizer.train()
