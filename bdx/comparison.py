@@ -21,8 +21,8 @@ MAKES = ("attack", "defense", "dataset", "arch", "train", "experiment")  # group
 @dataclass(frozen=True)
 class Entry:
     """One cell: ours is one row per seed (an undefended one made from what others measured before), paper's in percent.
-    comparable: whether both are of one data set. Of an average: over which attacks, and its n in words, where attacks differ
-    in theirs from the least to the most."""
+    comparable: whether both are of one data set and net. Of an average: over which attacks, and its n in
+    words, where attacks differ in theirs from the least to the most."""
 
     cell: Cell
     ours: list[dict] = field(default_factory=list)
@@ -92,6 +92,7 @@ def collect(table: Table, scale: grid.Scale, words: list[str], composer: Compose
     rows = {row["id"]: row for row in results.rows(*folders)}
     whole, (table, left) = table, grid.asked(table, words)
     other = [w for w in left if key_of(w) in MAKES and fixed(whole).get(grid.key(w)) != w.partition("=")[2]]
+    other += [k for k in table.axes if k not in whole.axes and key_of(k) in MAKES]  # several values: an axis of the user's
     cells = grid.cells(table, scale, words, composer)
     cells = printed_cells(table, cells) if table.only_printed and table.rows else cells
     seeds = sorted({row["seed"] for row in rows.values()}) if not any(grid.key(w) == "seed" for w in words) else [None]
@@ -102,7 +103,7 @@ def collect(table: Table, scale: grid.Scale, words: list[str], composer: Compose
     for cell in [*cells, *([] if "none" in whole.axes.get("defense", ()) else unlisted(table, cells))]:
         theirs = [of for of in numbers if same(of[0], fixed(table) | cell.at)]
         ours = [] if cell.lacks or not cell.words else measured(cell, seeds, images, rows, composer)
-        one = {row["dataset"] for row in ours} <= {place["dataset"] for place, *_ in theirs}
+        one = all({row[k] for row in ours} <= {place[k] for place, *_ in theirs} for k in ("dataset", "arch"))
         found.append(Entry(cell, ours, {metric: n for _, metric, n in theirs}, (one and not other) or not theirs))
     found = pooled(found)
     return [undefended(e, found) for e in found]
@@ -177,12 +178,21 @@ def averages(table: Table, entries: list[Entry]) -> list[Entry]:
             ours = [{k: v for k, v in row.items() if k != "der"} for row in ours]
         over = frozenset(e.cell.at.get("attack") for e in have)
         one = all(e.comparable for e in have)
-        found.append(Entry(place, ours, theirs(have or of, entries, table.average), one, over, n))
+        paper = theirs(have or of, entries, table.average)
+        if len(have) in (0, len(of)):  # of all attacks there may be a printed average where their numbers are lost
+            paper = stated(table, dict(key)) | paper
+        found.append(Entry(place, ours, paper, one, over, n))
     return found if "attack" in table.axes and len(table.axes["attack"]) > 1 else []
 
 
+def stated(table: Table, at: dict[str, str]) -> dict[str, float]:
+    """The averages that the paper itself prints, at this point of the other axes."""
+    where = {k: v for k, v in (fixed(table) | at).items() if k != "attack"}
+    return {metric: n for place, metric, n in printed(table) if place["attack"] == "avg" and same(place, where)}
+
+
 def mine(entry: Entry) -> dict[str, float]:
-    keys = ("acc", "asr", "acc_before", "asr_before")
+    keys = ("acc", "asr", "der", "acc_before", "asr_before")
     return {k: mean(entry.values(k)) for k in keys if entry.values(k)}
 
 
@@ -204,7 +214,9 @@ def alike(entry: Entry, bare: Entry) -> bool:
 def means(rows: list[dict], rule: str) -> dict[str, float]:
     """acc, asr and der averaged over rows, as far as all of them have it."""
     found = {k: mean(r[k] for r in rows) for k in ("acc", "asr") if all(r.get(k) is not None for r in rows)}
-    if rows and all(r.get(k) is not None for r in rows for k in ("acc", "asr", "acc_before", "asr_before")):
+    if rule == "of_rows" and rows and all(r.get("der") is not None for r in rows):
+        found["der"] = mean(r["der"] for r in rows)
+    elif rows and all(r.get(k) is not None for r in rows for k in ("acc", "asr", "acc_before", "asr_before")):
         found["der"] = metrics.mean_der(rows, rule)
     return found
 

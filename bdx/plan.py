@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bdx import grid, results
 from bdx.comparison import printed_cells
 from bdx.composer import Composer
+from bdx.errors import UserError
 from bdx.forecast import estimate, spoken
 from bdx.grid import Cell
 
@@ -17,10 +18,12 @@ CAME = grid.EXPERIMENTS / "results"  # the rows that travel with bdx
 
 @dataclass(frozen=True)
 class Plan:
-    """cells: of the table, with ids. paths: where rows, weights and images lie."""
+    """cells: of the table, with ids. paths: where rows, weights and images lie. without: data sets that cannot be had, and
+    why."""
 
     cells: list[Cell]
     paths: dict[str, Path]
+    without: dict[str, str] = field(default_factory=dict)
 
     @property
     def runnable(self) -> list[Cell]:
@@ -44,16 +47,28 @@ def plan(table: grid.Table, scale: grid.Scale, words: list[str], composer: Compo
     if all(c.lacks for c in found):
         raise grid.none_runs(table, found)
     paths = {k: Path(v).expanduser() for k, v in cfg.paths.items()}
-    return Plan([identified(c, composer, paths["data"], fetch) for c in found], paths)
+    without: dict[str, UserError] = {}
+    found = [identified(c, composer, paths["data"], fetch, without) for c in found]
+    if without and all(c.lacks for c in found):
+        raise next(iter(without.values()))
+    return Plan(found, paths, {name: str(e) for name, e in without.items()})
 
 
-def identified(cell: Cell, composer: Composer, data: Path, fetch: bool) -> Cell:
+def identified(cell: Cell, composer: Composer, data: Path, fetch: bool, without: dict[str, UserError]) -> Cell:
+    """The cell with its ids. without: data sets that cannot be had, and why; what needs one of those lacks it."""
     if cell.lacks:
         return cell
-    name = composer.plain(cell.words)["dataset"]["name"]
-    if not fetch and not any(data.glob(f"{name}*.safetensors")):
+    plain = composer.plain(cell.words)
+    name = plain["dataset"]["name"]
+    if not fetch and not any(any(data.glob(f"{name}{rest}.safetensors")) for rest in ("", "-*")):
         return cell
-    run, backdoor = grid.ids(cell.words, composer)
+    try:
+        images = None if name in without else grid.sha256(plain)
+    except UserError as e:
+        without[name] = e
+    if name in without:
+        return replace(cell, lacks=f"the images of {name}")
+    run, backdoor = grid.ids(cell.words, composer, images)
     return replace(cell, run=run, backdoor=backdoor)
 
 
@@ -72,8 +87,11 @@ def show(name: str, plan: Plan, todo: list[Cell], composer: Composer, say) -> No
         say(f"time: {told}")
     if came := sum(bool(c.run and results.find(CAME, c.run)) for c in todo):
         say(f"rows: of {came} of these one came with bdx, which `bdx table` shows; they are measured here all the same")
-    if any(c.run is None for c in runnable):
-        say("images: not there yet, so nothing of this can be done; they are made or downloaded by the sweep itself")
+    if later := sum(c.run is None for c in runnable):
+        which = "these" if later == len(runnable) else f"{later} of these"
+        say(f"images: not there yet for {which}, so that none of them can be done; the sweep itself makes or downloads them")
+    for why in plan.without.values():
+        say(f"images: {why}", markup=False)
     if missing:
         say(f"missing: {len(missing)} cells, for want of {wanting(missing)}")
     if others := [p.name for p in results.foreign(plan.paths["results"])]:

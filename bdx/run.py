@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -46,6 +49,28 @@ def run(cfg: DictConfig, screen: Screen | None = None) -> dict:
     if row := results.find(paths["results"], id):
         screen.say(results.DONE)
         return row
+    with alone(id, paths, screen):
+        return results.find(paths["results"], id) or made(cfg, plain, id, paths, screen)
+
+
+@contextmanager
+def alone(id: str, paths: dict[str, Path], screen: Screen) -> Iterator[None]:
+    """Of two processes that are asked for one run, by hand or by sweeps, one runs it and the other finds its row."""
+    files.writable(place := paths["out"] / "locks", "paths.out or BDX_OUT")
+    lock = FileLock(place / f"{id}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        screen.say("another process is at this run; waiting for its row")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def made(cfg: DictConfig, plain: dict, id: str, paths: dict[str, Path], screen: Screen) -> dict:
+    """The row of a run that has none yet."""
     device = accelerate(plain["trainer"]["accelerator"])
     data = datasets.load(plain["dataset"], paths["data"], device=device, seed=cfg.seed)
     attack = build_attack(cfg, data)

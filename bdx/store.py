@@ -40,11 +40,18 @@ def provenance() -> dict:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "?"
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return found | {"commit": git.stdout.strip() or "unknown"}
+    return found | {"commit": commit(Path(__file__)) or "unknown"}
+
+
+def commit(file: Path) -> str:
+    """Of the checkout that `file` is tracked in; empty where it lies in none, or there is no git. A repository around an
+    environment that bdx is installed in says nothing of bdx."""
+    ask = lambda *words: subprocess.run(["git", "-C", str(file.parent), *words], capture_output=True, text=True, check=False)
+    try:
+        tracked = not ask("ls-files", "--error-unmatch", file.name).returncode
+        return ask("describe", "--always", "--dirty", "--abbrev=12").stdout.strip() if tracked else ""
+    except OSError:
+        return ""
 
 
 def file_sha256(path: Path) -> str:

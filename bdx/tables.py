@@ -100,8 +100,8 @@ def notes(table: Table, entries: list[Entry]) -> list[str]:
     found.append(f"average DER: {rule}, as in the paper; of attacks that are measured, on both sides")
     if not all(e.comparable for e in entries):
         found.append(
-            "measured on another data set than the printed numbers, or with other settings (the words of the command), so that "
-            "no difference is taken and no ranking compared"
+            "measured on another data set or net than the printed numbers, or with other settings (the words of the command), "
+            "so that no difference is taken and no ranking compared"
         )
     if rows:
         of = {

@@ -7,6 +7,7 @@ that a run prints goes to stderr, which the engine points at a log file. A close
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import queue
@@ -18,13 +19,13 @@ import time
 import traceback
 from pathlib import Path
 
-from filelock import FileLock
-
 from bdx.composer import Composer
 from bdx.errors import UserError
 from bdx.files import of_a_file, reason
 
-COMMAND = [sys.executable, "-m", "bdx.worker"]
+COMMAND = [sys.executable, "-P", "-m", "bdx.worker"]  # the folder it is started in must shadow no module
+CHECKOUT = Path(__file__).parents[1]
+FULL = ("can't allocate memory", "out of memory", "alloc_failed")  # how others than torch's own allocator say it
 STATES = ("done", "refused", "failed", "memory", "died")  # how a cell may end: see engines/base.py
 GRACE = 20.0  # seconds in which an interrupted run may write its checkpoint
 INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM, -signal.SIGUSR2)  # how a process ends that was told to
@@ -39,6 +40,8 @@ class Worker:
         self.started = 0.0
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device else {})
         env.setdefault("OMP_NUM_THREADS", str(threads))
+        if (CHECKOUT / "pyproject.toml").exists():  # run from there, bdx may not be installed
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CHECKOUT), env.get("PYTHONPATH"))))
         self.device = device
         with open(log, "ab") as f:
             self.process = subprocess.Popen(
@@ -48,10 +51,13 @@ class Worker:
         threading.Thread(target=self.hear, args=(answers,), daemon=True).start()
 
     def hear(self, answers: queue.Queue) -> None:
-        for line in self.process.stdout:
-            answers.put((self, json.loads(line)))
-        self.process.wait()
-        answers.put((self, None))
+        try:
+            for line in self.process.stdout:
+                with contextlib.suppress(json.JSONDecodeError):  # somebody else prints as Python starts
+                    answers.put((self, json.loads(line)))
+            self.process.wait()
+        finally:
+            answers.put((self, None))
 
     def start(self, job) -> None:
         self.job, self.started = job, time.monotonic()
@@ -99,9 +105,6 @@ def listen(jobs: queue.Queue) -> None:
 
 def cell(words: tuple[str, ...], composer: Composer) -> dict:
     """Run one cell: the outcome. busy: seconds inside the run, without what the sweep adds."""
-    import torch
-
-    from bdx.grid import ids
     from bdx.run import run
 
     started = time.monotonic()
@@ -110,22 +113,25 @@ def cell(words: tuple[str, ...], composer: Composer) -> dict:
         return {"state": state, "reason": why, "busy": time.monotonic() - started}
 
     try:
-        cfg = composer.config(words)
-        lock = Path(cfg.paths.out).expanduser() / "locks" / ids(words, composer)[0]
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{lock}.lock"):  # of two sweeps on one folder, one runs the cell and the other finds its row
-            started = time.monotonic()
-            run(cfg)
-            return outcome("done")
+        run(composer.config(words))
+        return outcome("done")
     except UserError as e:
         return outcome("refused", str(e))
-    except (MemoryError, torch.cuda.OutOfMemoryError) as e:
-        return outcome("memory", one_line(e))
     except SystemExit:  # Lightning's answer to a signal
         raise KeyboardInterrupt from None
     except Exception as e:
+        if lacks_memory(e):
+            return outcome("memory", one_line(e))
         traceback.print_exc()
         return outcome("failed", f"{e.filename}: {reason(e)}" if of_a_file(e) else one_line(e))
+
+
+def lacks_memory(e: Exception) -> bool:
+    import torch
+
+    if isinstance(e, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    return isinstance(e, RuntimeError) and any(text in str(e).lower() for text in FULL)
 
 
 def logged(words: tuple[str, ...], composer: Composer) -> dict:
@@ -154,6 +160,7 @@ def main() -> None:
     try:
         while (words := jobs.get()) is not None:
             said = logged(tuple(words), composer)
+            gc.collect()  # nets and optimizers refer to each other
             torch.cuda.empty_cache()
             print(json.dumps(said), file=answers)
     except KeyboardInterrupt:

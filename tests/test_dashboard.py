@@ -98,6 +98,12 @@ def grids(view: dict) -> list[tuple[dict[str, list[str]], list[dict]]]:
     return found
 
 
+def test_one_table_is_one_run_however_it_is_asked_for():
+    same = ([NAME, "attack=badnets,blended"], ["attack=blended,badnets", NAME, "scale=paper", "paths.out=x"])
+    assert len({run_id(words) for words in same}) == 1
+    assert run_id([NAME, "attack=badnets"]) != run_id([NAME, "attack=badnets", "scale=cpu"])
+
+
 def test_the_report_has_a_plot_for_each_defense_a_heat_map_and_times(out, tmp_path, monkeypatch, capsys):
     """The keys and ids that its panels name are those of the run that `bdx report logger=wandb` leaves."""
     with Server() as server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from conftest import paths
 import bdx.shift
 import bdx.worker
 from bdx import engines, grid, sweep
+from bdx.composer import Composer
 from bdx.engines.base import Job
 from bdx.errors import UserError
 from bdx.shift import Shift, read
@@ -254,6 +256,21 @@ def test_a_second_sweep_follows_the_jobs_of_the_first(cluster):
     assert [o.job.id for o in (*first.wait(0), *second.wait(0))] == ["r0", "r0"]
 
 
+def test_a_sweep_that_is_interrupted_leaves_the_jobs_of_another(cluster, capsys):
+    first, second = cluster(), cluster()
+    first.submit(jobs(1)[0])
+    first.wait(0)
+    (cluster.home / "queue").write_text("7\n")
+    for job in jobs(2):
+        second.submit(job)
+    second.wait(0)
+    second.close()
+    assert (cluster.home / "cancelled").read_text().split() == ["8"]
+    assert "1 jobs that an earlier sweep has sent go on; `scancel 7` ends them" in capsys.readouterr().err
+    first.close()
+    assert (cluster.home / "cancelled").read_text().split() == ["8", "7"]
+
+
 TOY = """
 import json, os, sys
 print(json.dumps({"ready": 1}), flush=True)
@@ -290,6 +307,46 @@ def test_a_shift_runs_its_cells_in_one_process_and_goes_on_after_one_died(toy):
     assert read(toy / "a.json") == said["a"]
 
 
+def test_what_else_a_worker_prints_does_not_deafen_the_sweep(toy, monkeypatch):
+    """A sitecustomize of the user's, or a module of theirs that prints."""
+    monkeypatch.setattr(bdx.worker, "COMMAND", [sys.executable, "-c", "print('hello')\n" + TOY])
+    answers: queue.Queue = queue.Queue()
+    worker = bdx.worker.Worker("", 1, toy / "log", answers)
+    assert answers.get(timeout=30)[1].keys() == {"ready"}
+    worker.start(Job("a", ("x",)))
+    assert answers.get(timeout=30)[1]["state"] == "done"
+    bdx.worker.end([worker])
+    assert answers.get(timeout=30) == (worker, None)
+
+
+def test_a_worker_finds_its_own_modules_whatever_lies_where_it_starts(tmp_path, monkeypatch):
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    worker = bdx.worker.Worker("", 1, tmp_path / "log", answers := queue.Queue())
+    said = answers.get(timeout=120)[1]
+    bdx.worker.end([worker])
+    assert "ready" in (said or ()), (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"), "memory"),
+        (RuntimeError("CUDA error: out of memory"), "memory"), (MemoryError(), "memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "memory"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "failed"), (ValueError("out of memory"), "failed"),
+    ],
+)  # fmt: skip
+def test_what_counts_as_too_little_memory(error, state, monkeypatch, tmp_path):
+    import bdx.run
+
+    def refuse(cfg):
+        raise error
+
+    monkeypatch.setattr(bdx.run, "run", refuse)
+    assert bdx.worker.cell((f"paths.out={tmp_path}",), Composer())["state"] == state
+
+
 def test_a_shift_that_is_queued_again_ends_its_worker_and_keeps_its_cells(toy):
     pytest.importorskip("submitit")
     shift, cells = Shift(toy), (Job("a", ("x",)), Job("b", ("x",)))
@@ -318,7 +375,7 @@ class Ray:
         return self.total
 
     def nodes(self):
-        return [{"Resources": {"CPU": self.total["CPU"] / 2}}] * 2
+        return [{"Resources": {"CPU": self.total.get("CPU", 0) / 2, "memory": 2**34}}] * 2
 
     def remote(self, function):
         def options(**how):
@@ -380,7 +437,10 @@ def test_what_rays_answers_mean(monkeypatch, tmp_path):
     assert (runner.running(), runner.wait(0)) == ([], [])
 
 
-def test_a_cell_that_needs_more_cpus_than_there_are_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "ray", Ray(2.0, 0, {}))
-    with pytest.raises(UserError, match=r"engine.cpus=3: the cluster has 2 CPUs in all"):
-        engines.engine("ray", folder=tmp_path, **engines.options("ray", ["engine.cpus=3"]))
+@pytest.mark.parametrize(("cpus", "asked", "least"), [(4.0, "engine.cpus=3", 2), (4.0, "engine.memory_gb=17", 2), (0.0, "", 0)])
+def test_a_cell_that_no_machine_can_hold_is_refused(cpus, asked, least, monkeypatch, tmp_path):
+    """Two machines of 2 CPUs and 16 GB each: Ray would wait for one of 3 for ever."""
+    monkeypatch.setitem(sys.modules, "ray", Ray(cpus, 0, {}))
+    message = rf"no machine of the cluster has as much; at most there are {least} CPUs, and 16 GB"
+    with pytest.raises(UserError, match=message):
+        engines.engine("ray", folder=tmp_path, **engines.options("ray", [asked] * bool(asked)))

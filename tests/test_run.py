@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, TINY, build_attack, paths
+from filelock import FileLock
 from safetensors.torch import load_file
 
 import bdx.run
@@ -324,6 +326,26 @@ def test_the_rate_of_an_epoch_is_the_one_that_it_ran_at(small):
     trainer.fit(attack, small.batches(small.clean, size=70, shuffle=True, augment=False))
     assert heard == used
     assert heard[0] == 0.04 > heard[1] > heard[2] > 0
+
+
+def test_of_two_processes_at_one_run_one_waits_for_the_others_row(tmp_path):
+    """By hand beside a sweep, say; both would write the net."""
+    cfg = compose([*CELL, *paths(tmp_path)])
+    first = bdx.run.run(cfg)
+    (tmp_path / "out" / "results" / f"{first['id']}.json").rename(tmp_path / "row")
+    lock = FileLock(tmp_path / "out" / "locks" / f"{first['id']}.lock")
+    heard, found = [], []
+    screen = Screen(quiet=True)
+    screen.say = heard.append
+    with lock:
+        thread = threading.Thread(target=lambda: found.append(bdx.run.run(cfg, screen)))
+        thread.start()
+        while not heard:
+            time.sleep(0.05)
+        (tmp_path / "row").rename(tmp_path / "out" / "results" / f"{first['id']}.json")
+    thread.join(60)
+    assert heard == ["another process is at this run; waiting for its row"]
+    assert found == [first]
 
 
 def test_a_cpu_is_not_asked_for_16_bits_that_it_lacks(small):

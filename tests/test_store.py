@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from bdx import files, recipe, results, store
 from bdx.configure import compose, flat
 from bdx.errors import UserError
-from bdx.store import Store
+from bdx.store import Store, commit
 
 SPEC = {"attack": {"ratio": 0.1}, "seed": 0}
 ID = recipe.digest(SPEC)
@@ -271,6 +271,22 @@ def killed(how, root: Path) -> int:
     child.start()
     child.join(300)
     return child.exitcode
+
+
+def test_the_commit_is_that_of_the_checkout_that_bdx_lies_in(tmp_path, monkeypatch):
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True)
+    git("init", "-q")
+    (tmp_path / "mine.py").write_text("")
+    git("add", "mine.py")
+    git("commit", "-q", "-m", "x")
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "store.py").write_text("")
+    assert len(commit(tmp_path / "mine.py")) == 12
+    assert commit(tmp_path / "env" / "store.py") == ""  # of bdx that repository says nothing
+    assert commit(tmp_path.parent / "store.py") == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit(tmp_path / "mine.py") == ""  # there is no git
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,34 @@ def test_done_means_that_there_is_a_row(tmp_path):
     assert driven.failed["1"].reason == "it ended well but left no row"
 
 
+def test_images_that_cannot_be_had_stop_no_other(tmp_path, capsys, monkeypatch):
+    """Those of one data set; the others' cells run."""
+    real = grid.sha256
+
+    def had(plain):
+        if plain["dataset"]["name"] == "cifar10":
+            raise UserError("cifar10 could not be downloaded: no network")
+        return real(plain)
+
+    monkeypatch.setattr(grid, "sha256", had)
+    words = ["scale=paper", "attack=badnets", "defense=none", "dataset=digits,cifar10", *paths(tmp_path)]
+    found = plan.plan(grid.load(NAME), grid.scale("paper"), words[1:], Composer(), fetch=True)
+    assert [c.lacks for c in found.cells] == [None, "the images of cifar10"]
+    plan.show(NAME, found, found.todo, Composer(), lambda text, **_: print(text))
+    out = capsys.readouterr().out
+    assert "missing: 1 cells, for want of the images of cifar10 (1)" in out
+    assert "images: cifar10 could not be downloaded: no network" in out
+    with pytest.raises(UserError, match="cifar10 could not be downloaded: no network"):
+        plan.plan(grid.load(NAME), grid.scale("paper"), [*words[1:], "dataset=cifar10"], Composer(), fetch=True)
+
+
+def test_a_plan_takes_no_other_data_set_for_the_one_it_wants(tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar100.safetensors").write_bytes(b"")
+    assert sweep.sweep([NAME, "attack=badnets", "defense=none", *paths(tmp_path), "--dry-run"]) == 0
+    assert "images: not there yet for these" in capsys.readouterr().out
+
+
 def test_the_plan_counts_and_the_users_words_narrow_it(tmp_path, capsys):
     words = ["scale=smoke", "attack=badnets,blended,nobody", "defense=none,ft", "seed=0,1", *paths(tmp_path), "--dry-run"]
     assert sweep.sweep([NAME, *words]) == 0

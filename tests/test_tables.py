@@ -413,6 +413,40 @@ def test_other_settings_than_the_tables_are_not_compared(tmp_path):
         assert [e.comparable for e in found if e.cell.at["defense"] == "npd"] == [same_as]
 
 
+def test_several_values_of_a_setting_are_other_settings_too(tmp_path):
+    asked = ("attack=badnets", "defense=npd", "attack.ratio=0.05,0.1")
+    folder = write(tmp_path, *(row(c) for c in cells("npd2023/table01", "cpu", *asked)))
+    found = entries("npd2023/table01", *asked, scale="cpu", folders=[folder])
+    assert len(found) == 2
+    assert not any(e.comparable for e in found if e.ours)
+
+
+def test_printed_numbers_of_another_net_are_shown_and_not_compared(tmp_path):
+    """scale=cpu takes its thin net in place of any."""
+    for scale, same_as in (("cpu", False), ("paper", True)):
+        (cell,) = cells("npd2023/table12", scale, "attack=badnets", "defense=npd")
+        folder = write(tmp_path / scale, row(cell))
+        found = entries("npd2023/table12", "attack=badnets", "defense=npd", scale=scale, folders=[folder])
+        assert [(e.comparable, "acc" in e.paper) for e in found if e.cell.at["defense"] == "npd"] == [(same_as, True)]
+
+
+def test_an_average_that_is_printed_alone_is_shown():
+    """Of NPD's Table 11 most rows are lost, and its text gives the average."""
+    found = averages(grid.load("npd2023/table11"), entries("npd2023/table11", scale="paper", folders=[]))
+    assert {e.cell.at["defense"]: e.paper["der"] for e in found if set(e.paper) == {"der"}} == {"npd": 96.76, "ibau": 90.5}
+
+
+def test_where_the_paper_averages_ders_ours_are_averaged_too():
+    """Attacks of two and of one seed: of two seeds' ACC and ASR one DER would be another."""
+    two = [{"seed": 0, "acc": 0.9, "asr": 0.0, "der": 0.7}, {"seed": 1, "acc": 0.7, "asr": 0.4, "der": 1.0}]
+    one = [{"seed": 7, "acc": 0.8, "asr": 0.1, "der": 0.9}]
+    at = lambda attack: Cell({"attack": attack, "defense": "d3"}, ())
+    before = {"acc_before": 0.8, "asr_before": 1.0}
+    found = [Entry(at(attack), [r | before for r in ours], {}) for attack, ours in (("x", two), ("y", one))]
+    (of,) = averages(grid.load("d32024/table01"), found)
+    assert mean(of.values("der")) == pytest.approx((0.85 + 0.9) / 2)
+
+
 def test_the_fastest_is_the_best():
     def entry(defense, seconds):
         return Entry(Cell({"attack": "a", "defense": defense}, ()), [{"seconds_defense": seconds}])

@@ -46,10 +46,15 @@ class Engine(base.Engine):
         signal.signal(signal.SIGTERM, before)  # Ray's own would end the sweep without closing it
         there = self.ray.cluster_resources()
         self.gpus = 1 / slots if there.get("GPU") else 0
+        nodes = [node["Resources"] for node in self.ray.nodes()]
+        self.most = int(max(node.get("CPU", 0) for node in nodes))  # of one machine
+        memory = max(node.get("memory", 0) for node in nodes) / 2**30
+        if cpus > self.most or (memory_gb or 0) > memory:
+            raise UserError(
+                f"engine.cpus={cpus}, memory_gb={memory_gb}: no machine of the cluster has as much; at most there are "
+                f"{self.most} CPUs, and {memory:.0f} GB"
+            )
         self.room = int(min([there["CPU"] // cpus] + ([there["GPU"] * slots] if self.gpus else [])))
-        if not self.room:
-            raise UserError(f"engine.cpus={cpus}: the cluster has {there['CPU']:g} CPUs in all")
-        self.most = int(max(node["Resources"].get("CPU", 0) for node in self.ray.nodes()))  # of one machine
         self.how = {"num_cpus": cpus, "max_retries": retries} | ({"memory": memory_gb * 2**30} if memory_gb else {})
         self.task = self.ray.remote(cell)
         self.env = {k: v for k, v in os.environ.items() if k.startswith("BDX_")}

@@ -35,10 +35,11 @@ TIMES = 3  # a cell's job may be lost
 
 @dataclass
 class Sent:
-    """job, the id of its SLURM job, and how often in a row the queue did not show that."""
+    """job, the id of its SLURM job, whether another sweep has sent that, and how often in a row the queue did not show it."""
 
     job: Job
     at: str
+    found: bool = False
     started: bool = False
     missed: int = 0
 
@@ -105,7 +106,7 @@ class Engine(base.Engine):
             at = read(self.folder / f"{job.id}.job").get("at")
             if at in there and not job.alone:
                 self.queue.remove(job)
-                self.sent[job.id] = Sent(job, at)
+                self.sent[job.id] = Sent(job, at, found=True)
         for alone, size in ((False, self.cells), (True, 1)):
             jobs = [j for j in self.queue if j.alone == alone][: LARGEST * size]
             shifts = [tuple(jobs[i : i + size]) for i in range(0, len(jobs), size)]
@@ -203,7 +204,14 @@ class Engine(base.Engine):
         return said.splitlines()[-1] if said else "gone"
 
     def close(self) -> None:
-        """Cancel what is queued or runs; SLURM interrupts it, so that it writes its checkpoint."""
-        if self.sent and subprocess.run(["scancel", *{s.at for s in self.sent.values()}], capture_output=True).returncode:
+        """Cancel what is queued or runs; SLURM interrupts it, so that it writes its checkpoint. What another sweep has sent,
+        which may wait for it still, goes on."""
+        own = {s.at for s in self.sent.values() if not s.found}
+        if others := {s.at for s in self.sent.values() if s.found}:
+            print(
+                f"bdx: {len(others)} jobs that an earlier sweep has sent go on; `scancel {' '.join(sorted(others))}` ends them",
+                file=sys.stderr,
+            )
+        if own and subprocess.run(["scancel", *own], capture_output=True).returncode:
             print("bdx: scancel failed; `scancel --name=bdx` ends what is left in SLURM's queue", file=sys.stderr)
         self.sent, self.queue = {}, []
