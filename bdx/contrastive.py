@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 
 class Projector(nn.Sequential):
-    """SimCLR's head: features (N,D) -> (N,out)."""
+    """SimCLR's head: features (N,D) -> (N,out). norm: BatchNorm before its ReLU, as in DBD's released code."""
 
-    def __init__(self, width: int, out: int):
-        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+    def __init__(self, width: int, out: int, norm: bool):
+        between = [nn.BatchNorm1d(width)] if norm else []
+        super().__init__(nn.Linear(width, width), *between, nn.ReLU(), nn.Linear(width, out))
 
 
 def contrast(z: Tensor, near: Tensor, temperature: float) -> Tensor:

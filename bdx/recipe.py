@@ -22,6 +22,7 @@ CHOICE = 2  # how a dirty-label attack draws whom to poison at seed 0; 1 was the
 PLUMBING = ("paths", "trainer", "logger", "eval", "hydra", "asked")
 # later keys, and the value with which all is as before: no part of an id then
 SINCE = {"made": None, "latent": 0.0, "zoom": 1.0, "generated": None, "wants": "all2one", "cutout": None, "away_from": "label"}
+SINCE |= {"per_image": False, "projector_norm": False}
 CONTENT = ("file", "made", "generated")  # a user's files
 BACKDOOR = ("dataset", "arch", "attack", "train", "seed")
 

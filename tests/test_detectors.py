@@ -267,9 +267,10 @@ def test_spectral_by_hand():
     y = torch.tensor([2, 2, 2, 2, 7])
     assert torch.allclose(made("spectral").outlying(z, y), torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0]), atol=1e-6)
     raw = made("spectral_code").outlying(z, y)
-    _, _, vt = np.linalg.svd(z[:4].numpy())
-    assert np.allclose(raw[:4], (z[:4].numpy() @ vt[0]) ** 2, atol=1e-4)
-    assert raw[4] == pytest.approx(162, rel=1e-4)
+    assert np.allclose(raw[:4], [1.0, 1.0, 0.0, 0.0], atol=1e-4)  # along the first axis, where the mean is 0
+    _, _, vt = np.linalg.svd((z[:4] - z[:4].mean(0)).numpy())
+    moved = z + torch.tensor([3.0, 0.0])
+    assert np.allclose(made("spectral_code").outlying(moved, y)[:4], (moved[:4].numpy() @ vt[0]) ** 2, atol=1e-4)
 
 
 def test_spectral_finds_planted_poison_and_flags_its_share_of_each_class():
@@ -327,6 +328,19 @@ def test_scan_finds_the_class_with_two_identities_though_most_of_it_be_poison(po
     assert flagged[poisoned].float().mean() > 0.99
     assert flagged[~poisoned].float().mean() < 0.01
     assert auc(scores[y == 0], poisoned[y == 0]) > 0.99
+
+
+def test_scans_statistic_of_a_large_class_stands_out_by_its_size_unless_it_is_a_mean():
+    """Nine classes of 450 and one of 950, nothing planted."""
+    y = torch.cat([torch.full((950 if c == 0 else 450,), c) for c in range(10)])
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(len(y), 8, generator=g, dtype=torch.double) + 3 * torch.randn(10, 8, generator=g, dtype=torch.double)[y]
+    found = {}
+    for per_image in ("false", "true"):
+        detector = made("scan", f"detector.per_image={per_image}")
+        detector.untangle(z, y, z, y)
+        found[per_image] = detector.anomalies()[0]
+    assert found["false"] > 7.3891 > found["true"]
 
 
 def test_scans_covariances_and_statistic():

@@ -16,7 +16,7 @@ from torch import Generator, nn
 from bdx.archs.base import fetches
 from bdx.archs.stamp import Stamp
 from bdx.configure import compose
-from bdx.contrastive import contrast, nt_xent, trusting
+from bdx.contrastive import Projector, contrast, nt_xent, trusting
 from bdx.datasets.base import Batch
 from bdx.defenses import dp
 from bdx.defenses.dbd import Halves, mixed, sharpen
@@ -97,6 +97,13 @@ def test_contrastive_losses_against_a_double_loop(trusted):
     with torch.autocast("cpu", torch.bfloat16):  # they are in full precision all the same
         found = nt_xent(z, 0.5) if trusted is None else contrast(z, trusting(y, torch.tensor(trusted)), 0.5)
     assert float(found) == pytest.approx(total / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "norm"), [("dbd", True), ("nab", True), ("d_st", False)])
+def test_whose_projection_has_batchnorm(name, norm):
+    """DBD's released head has, and BackdoorBench's of NAB is that; SupContrast's, which D-ST takes, has none."""
+    assert compose([f"defense={name}"]).defense.contrast.projector_norm == norm
+    assert any(isinstance(m, torch.nn.BatchNorm1d) for m in Projector(8, 4, norm)) == norm
 
 
 def test_centres_that_spread_by_hand():

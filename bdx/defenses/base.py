@@ -79,7 +79,8 @@ class Defense(pl.LightningModule):
         return False
 
     def renew(self, names: tuple[str, ...] = ("normalize", "body")) -> None:
-        """The named modules get the weights of a net just built."""
+        """The named modules get the weights of a net just built; the first such net is, at one seed, what the victim started
+        from."""
         new = fresh(self.net)
         for name in names:
             self.net.get_submodule(name).load_state_dict(new.get_submodule(name).state_dict())
@@ -170,10 +171,10 @@ class Staged(Defense):
 
     def learn_views(self, name: str, data: ImageData, view: Callable, make_trainer: Callable, near: Callable | None) -> str:
         """Contrastive learning of everything before the classifier, whose name is returned. near(batch) -> (N,N), see
-        contrastive.contrast; None: SimCLR. The loop's further keys: temperature, width (of the projection)."""
+        contrastive.contrast; None: SimCLR. The loop's further keys: temperature, width (of the projection), projector_norm."""
         how, at = self.stages[name], places.classifier(self.net)
         width = math.prod(places.input_shape(self.net, at, pixels(data.train.x[:1])))
-        head = Projector(width, how["width"])
+        head = Projector(width, how["width"], how["projector_norm"])
 
         def loss(batch) -> Tensor:
             z = head(surgery.features(self.net, at, batch.x))

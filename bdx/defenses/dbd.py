@@ -5,6 +5,8 @@ Source: Huang et al., Backdoor Defense via Decoupling the Training Process, ICLR
 From fresh weights: 1. SimCLR on all images, labels unread: poisoned ones lie where their content puts them; 2. only the
 head is trained, with symmetric cross-entropy, which a wrong label raises; 3. MixMatch on everything, each epoch: the half
 of lowest loss keeps its labels, the other half loses them.
+Losses are those of plain images (released code: augmented ones), MixMatch starts with a new Adam (released code: the head's),
+and crops are padded with zeros (released code: mirrored).
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ Source: Liu et al., Beating Backdoor Attack at Its Own Game, ICCV 2023, arXiv 23
 1. SimCLR on all images; 2. as in ABL, fresh weights under a held loss tell suspects by their low loss; 3. a suspect's new
 label is the class whose centre, among the images of high loss, is nearest to its features; 4. fresh weights on the set with
 new labels, the patch on suspects whose label changed. The returned net puts the patch on whatever it is given.
+Here a centre is nearest by the cosine of the features before the classifier (BackdoorBench: by the distance of projections).
+No test image is turned away because the patch changes its label, as one of the authors' scripts does.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Source: Tang et al., Demon in the Variant, USENIX Security 2021, arXiv 1908.0068
     r = μ_y + ε,  μ_y ~ N(0, S_μ), ε ~ N(0, S_ε): both covariances by EM on clean images
     each class is split in two groups (of one S_ε, the split that is likeliest);
     J = Σ_r [(r − μ)ᵀS_ε⁻¹(r − μ) − (r − μ_g)ᵀS_ε⁻¹(r − μ_g)],  g: r's group, μ: mean of the class
+        (per_image: divided by the class's size, as in the released code, without which a large class stands out by its size)
     anomaly of a class: |J − median| / (1.4826 · median |J − median|), over classes
 
     score = ½[(r − μ_in)ᵀS_ε⁻¹(r − μ_in) − (r − μ_out)ᵀS_ε⁻¹(r − μ_out)], the log-likelihood ratio of the groups: out is
@@ -22,16 +23,17 @@ from bdx.errors import UserError
 
 class Scan(Detector):
     """anomaly   a class above it is poisoned, its group `out` flagged
+    per_image    J as a mean over the class's images
     ridge        added to S_ε's diagonal, as a share of its mean: few clean images leave it singular
     """
 
     needs = frozenset({"clean"})
 
-    def __init__(self, *, anomaly: float, ridge: float, **common):
+    def __init__(self, *, anomaly: float, per_image: bool, ridge: float, **common):
         super().__init__(**common)
         if anomaly <= 0 or ridge <= 0:
             raise UserError(f"detector.anomaly={anomaly}, ridge={ridge}: expected above 0")
-        self.anomaly, self.ridge = anomaly, ridge
+        self.anomaly, self.per_image, self.ridge = anomaly, per_image, ridge
         self.statistic: dict[int, float] = {}
 
     def score(self, net: nn.Module, split, data, make_trainer) -> Tensor:
@@ -53,7 +55,7 @@ class Scan(Detector):
             a, b = r[first].mean(0), r[~first].mean(0)
             near_a, near_b = (r - a).square().sum(1), (r - b).square().sum(1)
             gain = (r - r.mean(0)).square().sum() - torch.where(first, near_a, near_b).sum()
-            self.statistic[c] = float(gain)
+            self.statistic[c] = float(gain) / (len(r) if self.per_image else 1)
             home = means[c] @ white if c in means else r.mean(0)
             a_is_out = (a - home).norm() > (b - home).norm()
             scores[of] = (near_b - near_a if a_is_out else near_a - near_b) / 2

@@ -5,7 +5,7 @@ Source: Tran et al., Spectral Signatures in Backdoor Attacks, NeurIPS 2018, arXi
     score = ((r(x) − mean of the class) · v)²,   v: top right singular vector of the class's centred features r
 
 Flagged is the share `remove` of each class with the highest scores: 1.5 ε in the paper, ε an upper bound on the share
-of poisoned images. BackdoorBench leaves the mean in (center=false).
+of poisoned images. BackdoorBench projects the features as they are (center=false) on the same v.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bdx.errors import UserError
 
 class Spectral(Detector):
     """remove   share of each class that is flagged
-    center      take the class's mean away first
+    center      take the class's mean away before projecting
     """
 
     def __init__(self, *, remove: float, center: bool, **common):
@@ -36,9 +36,9 @@ class Spectral(Detector):
         scores = z.new_zeros(len(z))
         for _, of in classes(y):
             r = z[of].double()
-            r = r - r.mean(0) if self.center else r
-            v = torch.linalg.eigh(r.T @ r).eigenvectors[:, -1]
-            scores[of] = (r @ v).square().float()
+            centred = r - r.mean(0)
+            v = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
+            scores[of] = ((centred if self.center else r) @ v).square().float()
         return scores
 
     def flag(self, scores: Tensor, y: Tensor) -> Tensor:
