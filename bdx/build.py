@@ -40,10 +40,22 @@ def check_target(target: str, allowed: tuple[str, ...]) -> None:
         found = hydra.utils.get_object(target)
     except (ImportError, AttributeError, ValueError) as e:
         missing = getattr(e, "name", None) or target
-        raise UserError(f"_target_={target} cannot be found: {missing} is not there, or not installed") from None
+        why = broken(str(target)) or f"{missing} is not there, or not installed"
+        raise UserError(f"_target_={target} cannot be found: {why}") from None
     home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
     if target not in allowed and (not home.startswith(below) or ".base." in home):
         raise UserError(text)
+
+
+def broken(target: str) -> str:
+    """What its module raises as it is imported; empty where it can be, or is not there."""
+    try:
+        importlib.import_module(target.rpartition(".")[0])
+    except ModuleNotFoundError:
+        return ""
+    except Exception as e:
+        return f"its module raises {type(e).__name__}: {' '.join(str(e).split())}"
+    return ""
 
 
 def instantiate(node: DictConfig | dict, *, allowed: tuple[str, ...] = ALLOWED, **extra):

@@ -91,6 +91,10 @@ def show(rows: list[dict]) -> None:
     if not rows:
         return
     table, screen = Table(title=None), Screen()
+    if screen.narrow:
+        for row in rows:
+            screen.say(line(row))
+        return
     for name in ("data set", "arch", "attack", "detector", "judged", "seed"):
         table.add_column(name)
     for name in ("AUC", "TPR", "FPR", "flagged", "poisoned", "n", "s"):

@@ -106,7 +106,7 @@ def layers(overrides: list[str]) -> int:
     by_name = {name: [d for d, n in found.items() if n == name] for name in found.values()}
     for name, module in net.body.named_modules():
         if name and next(module.children(), None) is None:
-            print(f"{name:<40}{type(module).__name__:<20}{', '.join(by_name.get(f'body.{name}', []))}".rstrip())
+            print(f"{name:<39} {type(module).__name__:<20}{', '.join(by_name.get(f'body.{name}', []))}".rstrip())
     return 0
 
 

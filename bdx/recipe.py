@@ -112,3 +112,20 @@ def of_asset(cfg: DictConfig, data_sha256: str, shapeless: frozenset[str], surro
     images = {"sha256": data_sha256} | ({"reserved": reserved} if reserved["source"] != "train" else {})
     about = {"asset": attack, "images": images, "surrogate": surrogate and digest(surrogate)}
     return canonical(about | {"seed": plain["seed"], "version": VERSION})
+
+
+def differing(a: dict, b: dict, of: str = "") -> tuple[str, ...]:
+    """key=value of b where a has another value, inner keys with dots; keys that one of them lacks do not count."""
+    found: list[str] = []
+    for k in sorted(a.keys() & b.keys()):
+        if isinstance(a[k], dict) and isinstance(b[k], dict):
+            found += differing(a[k], b[k], f"{of}{k}.")
+        elif canonical(a[k], k) != canonical(b[k], k):
+            found.append(f"{of}{k}={b[k]}")
+    return tuple(found)
+
+
+def in_order(word: str) -> str:
+    """The same values in another order are the same table."""
+    key, _, values = word.partition("=")
+    return word if "[" in values or "{" in values else f"{key}={','.join(sorted(values.split(',')))}" if values else word

@@ -237,13 +237,7 @@ def send(found: Measured, words: list[str], logger: list[str], text: str, drawn:
 def run_id(words: list[str]) -> str:
     """Of the W&B run that carries the table."""
     kept = (w for w in words if not w.startswith("paths.") and w != "scale=paper")  # which is the default
-    return recipe.digest({"report": sorted(in_order(w) for w in kept)})
-
-
-def in_order(word: str) -> str:
-    """The same values in another order are the same table."""
-    key, _, values = word.partition("=")
-    return word if "[" in values or "{" in values else f"{key}={','.join(sorted(values.split(',')))}" if values else word
+    return recipe.digest({"report": sorted(recipe.in_order(w) for w in kept)})
 
 
 def hashes(found: Measured, row: dict) -> list[str]:

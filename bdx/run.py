@@ -102,6 +102,7 @@ def made(cfg: DictConfig, plain: dict, id: str, paths: dict[str, Path], screen: 
             draw_trigger(attack, data.test, folder / "trigger.png")
             tracker.picture(folder / "trigger.png")
         row = row_of(cfg, id, backdoor, data, before, after, seconds, device) | defense.facts
+        doubt(row, screen)
         row |= control(scrambled_before, scrambled_asr(net, attack, data.test), row["asr"], screen)
         results.write(paths["results"], row := row | reserved_acc(attack, net, defense, data.clean, screen))
         if oracle:
@@ -177,6 +178,16 @@ def looked(backdoor: store.Artifact, attack: Attack, test: Split) -> tuple[Seen,
         LOOKED.clear()
         LOOKED[key] = look(attack.net, attack, test), scrambled_asr(attack.net, attack, test)
     return LOOKED[key]
+
+
+def doubt(row: dict, screen: Screen) -> None:
+    """Say where DER, which knows no gain, says nothing of the repair."""
+    if (before := row["asr_before"]) is None:
+        return
+    if before < 0.5:
+        screen.say(f"the attack did not take, or hardly: its ASR before any repair is {before:.1%}; DER says little of it")
+    if row["asr"] > before + 0.05:
+        screen.say(f"the ASR rose in the repair, from {before:.1%} to {row['asr']:.1%}, which DER does not count")
 
 
 def control(before: float | None, now: float | None, asr: float | None, screen: Screen) -> dict:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 HEAD = ("ACC", "ASR", "RA")
+NARROW = 130  # columns of a terminal below which a table would cut its numbers off
 
 
 class Screen:
@@ -55,8 +56,12 @@ class Screen:
             self.bar = None
 
     def table(self, rows: list[dict]) -> None:
-        """Before and after, in percent, with everything that makes the number checkable."""
+        """Before and after, in percent, with everything that makes the number checkable; on a narrow terminal in lines."""
         self.close()
+        if self.narrow:
+            for row in rows:
+                self.say(in_words(row))
+            return
         table = Table(title=None)
         for name in ("data set", "arch", "attack", "defense", "seed"):
             table.add_column(name)
@@ -73,11 +78,25 @@ class Screen:
             table.add_row(*names, *before, *after, percent(row["der"]), *times)
         self.console.print(table)
 
+    @property
+    def narrow(self) -> bool:
+        return self.console.is_terminal and self.console.width < NARROW
+
     def places(self, **paths: Path) -> None:
         """Where things lie; what was not made is not named."""
         for name, path in paths.items():
             if path.exists():
                 self.say(f"{name:<9}{path}")
+
+
+def in_words(row: dict) -> str:
+    """A row as two or three lines of less than 80 columns."""
+    scores = (f"{n} {percent(row[f'{n.lower()}_before'])} → {percent(row[n.lower()])}" for n in HEAD)
+    return (
+        f"{row['attack']} on {row['dataset']}, {row['arch']}, {row['defense']}, seed {row['seed']}\n"
+        f"  {', '.join(scores)}; DER {percent(row['der'])}\n"
+        f"  attack {row['seconds_attack']:.1f} s, defense {row['seconds_defense']:.1f} s"
+    )
 
 
 def percent(value: float | None) -> str:

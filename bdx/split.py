@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from bdx.errors import UserError
+
 
 @dataclass(frozen=True)
 class Split:
@@ -66,3 +68,12 @@ def pieces(x: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def pixels(x: Tensor) -> Tensor:
     """uint8 -> float in [0,1], channels last in memory: the layout in which convolutions are fastest."""
     return x.to(memory_format=torch.channels_last).float().div_(255)
+
+
+def images_of(made, x: Tensor, what: str) -> None:
+    """Raise UserError unless `made` is as many images of finite pixels as x. what: made it."""
+    if not isinstance(made, Tensor) or made.shape != x.shape:
+        found = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else f"a {type(made).__name__}"
+        raise UserError(f"{what} makes {found} of images of shape {tuple(x.shape)}: expected the same shape")
+    if not made.isfinite().all():
+        raise UserError(f"{what} makes NaN or infinity of images in [0,1]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from bdx.configure import compose, options
 from bdx.datasets import base as datasets
 from bdx.errors import UserError
 from bdx.overview import undefended
-from bdx.recipe import canonical
+from bdx.recipe import canonical, differing
+from bdx.screen import Screen
 from bdx.store import Store
 from bdx.training import accelerate
 
@@ -89,7 +91,9 @@ def triggers(argv: list[str]) -> int:
     scores = measured(Path(cfg.paths.results).expanduser())
     kept = stored(store, cfg, data.sha256, yamls, scores)
     lines, shown, later, refused = [], {}, [], []
-    for name, yaml in yamls.items():
+    screen, began = Screen(), time.monotonic()
+    for i, (name, yaml) in enumerate(yamls.items(), 1):
+        screen.epoch("attacks", i, len(yamls), {}, (time.monotonic() - began) / i)
         found = kept.get(name)
         try:
             made = yaml | (found.recipe["attack"] if found else {})
@@ -103,6 +107,7 @@ def triggers(argv: list[str]) -> int:
             x = data.test.x[:1000]
             shown[name] = picture_of(attack, x[:3])
             lines.append(line(name, attack, looks(x, attack.stamp(x)), found, scores.get(found and found.id, {})))
+    screen.close()
     of = Path(cfg.paths.out).expanduser() / f"triggers_{cfg.names.dataset}"
     show(lines, refused, later, cfg.names.dataset)
     sheet(shown, of.with_suffix(".png"))
@@ -119,17 +124,6 @@ class Kept:
     recipe: dict
     changed: tuple[str, ...]
     written: float
-
-
-def differing(a: dict, b: dict, of: str = "") -> tuple[str, ...]:
-    """key=value of b where a has another value, inner keys with dots; keys that one of them lacks do not count."""
-    found: list[str] = []
-    for k in sorted(a.keys() & b.keys()):
-        if isinstance(a[k], dict) and isinstance(b[k], dict):
-            found += differing(a[k], b[k], f"{of}{k}.")
-        elif canonical(a[k], k) != canonical(b[k], k):
-            found.append(f"{of}{k}={b[k]}")
-    return tuple(found)
 
 
 def stored(store: Store, cfg: DictConfig, sha256: str, yamls: dict[str, dict], scores: dict) -> dict[str, Kept]:

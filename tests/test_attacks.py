@@ -445,3 +445,18 @@ def test_the_reserved_images_are_drawn_apart_from_the_poisoned_ones(seed):
     for balanced in (True, False):
         share = poisoned[reserve(y, ratio=0.05, count=None, balanced=balanced, seed=seed)].float().mean()
         assert 0.07 < share < 0.13
+
+
+@pytest.mark.parametrize(
+    ("trigger", "message"),
+    [
+        (lambda x: x * float("nan"), r"BadNets\.trigger makes NaN or infinity of images in \[0,1\]"),
+        (lambda x: x[..., 1:], r"BadNets\.trigger makes shape \(8, 3, 32, 31\) of images of shape \(8, 3, 32, 32\)"),
+        (lambda x: None, r"BadNets\.trigger makes a NoneType of images of shape"),
+    ],
+)
+def test_a_trigger_that_makes_no_images_is_refused_before_anything_is_trained(trigger, message, digits):
+    attack = build_attack(digits, "attack=badnets")
+    attack.trigger = trigger
+    with pytest.raises(UserError, match=message):
+        attack.check(digits.train)

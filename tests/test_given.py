@@ -105,6 +105,21 @@ def test_a_broken_file_is_refused_in_one_line(name, content, digits, tmp_path):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "words", "match"),
+    [
+        (lambda d: d | {"epoch": 3}, [], r"holds more than tensors: epoch \(a int\); take those out"),
+        (lambda d: {"model": d, "args": 1, "lr": 2, "a": 3, "b": 4, "c": 5}, [], r"it holds model, args, lr, a, b and 1 more;"),
+        (lambda d: {f"_orig_mod.module.{k}": v for k, v in d.items()}, [], r"set attack\.prefix=_orig_mod\.module\.$"),
+        (lambda d: {f"module.{k}": v for k, v in d.items()}, ["attack.prefix=module"], r"set attack\.prefix=module\.$"),
+    ],
+)
+def test_a_checkpoint_that_is_nearly_one_is_told_what_to_do(change, words, match, digits, tmp_path):
+    torch.save(change(build_attack(digits).net.body.state_dict()), file := tmp_path / "net.pt")
+    with pytest.raises(UserError, match=match):
+        build_attack(digits, "attack=given", f"attack.file={file}", *words).check(digits.train)
+
+
 def test_an_empty_file_is_called_so(digits, tmp_path):
     (tmp_path / "net.pt").touch()
     with pytest.raises(UserError, match=r"cannot be read as weights \(it is empty\): expected a whole state_dict"):

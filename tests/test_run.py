@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -16,8 +17,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, build_attack, paths
+from conftest import ROOT, ROW, TINY, build_attack, paths
 from filelock import FileLock
+from rich.console import Console
 from safetensors.torch import load_file
 
 import bdx.run
@@ -346,6 +348,31 @@ def test_of_two_processes_at_one_run_one_waits_for_the_others_row(tmp_path):
     thread.join(60)
     assert heard == ["another process is at this run; waiting for its row"]
     assert found == [first]
+
+
+def test_where_der_says_nothing_of_the_repair_a_line_does(capsys):
+    rows = ({"asr_before": 0.0, "asr": 0.9}, {"asr_before": 0.95, "asr": 0.1}, {"asr_before": None, "asr": None})
+    for row in rows:
+        bdx.run.doubt(row, Screen())
+    assert capsys.readouterr().out.splitlines() == [
+        "the attack did not take, or hardly: its ASR before any repair is 0.0%; DER says little of it",
+        "the ASR rose in the repair, from 0.0% to 90.0%, which DER does not count",
+    ]
+
+
+def test_on_a_narrow_terminal_no_number_is_cut_off():
+    screen = Screen()
+    screen.console = Console(width=80, force_terminal=True, file=io.StringIO(), color_system=None)
+    screen.table([ROW | {"defense": "ft_sam", "dataset": "cifar10", "arch": "preact_resnet18", "der": 0.98765}])
+    out = screen.console.file.getvalue()
+    assert all(len(line) < 80 for line in out.splitlines())
+    assert "ACC 50.00 → 50.00, ASR 50.00 → 50.00, RA 50.00 → 50.00; DER 98.77" in out
+
+
+def test_a_net_takes_no_bytes_for_pixels(small):
+    net = build_attack(small, "attack=badnets").net
+    with pytest.raises(TypeError, match=r"pixels are floats in \[0,1\], and not torch\.uint8: x\.float\(\) / 255"):
+        net(small.test.x[:2])
 
 
 def test_a_cpu_is_not_asked_for_16_bits_that_it_lacks(small):

@@ -20,7 +20,8 @@ from bdx.errors import UserError
 from bdx.grid import EXPERIMENTS
 from bdx.info import info, rows, value
 from bdx.info import looks as looks_of
-from bdx.triggers import Looks, differing, looks, ssim, triggers
+from bdx.recipe import differing
+from bdx.triggers import Looks, looks, ssim, triggers
 
 ATTACKS = names("attack")
 

@@ -52,6 +52,8 @@ class Classifier(nn.Module):
         self.gate = at if condition else self.gate
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"pixels are floats in [0,1], and not {x.dtype}: x.float() / 255")
         if self.gate is None:
             return self.body(self.normalize(x))
         if label is not None:

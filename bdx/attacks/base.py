@@ -15,7 +15,7 @@ from bdx.datasets.base import Augment, Batches, ImageData
 from bdx.errors import UserError, one_of
 from bdx.picture import picture
 from bdx.sharpness import sharpness_aware
-from bdx.split import Split
+from bdx.split import Split, images_of, pixels
 from bdx.training import Recipe, blamed, optimizers
 
 POISONING = 5_555_557  # at seed 0 the victim's first epoch would draw the same order, and see all poisoned images first
@@ -115,6 +115,8 @@ class Attack(pl.LightningModule):
     def check(self, split: Split) -> None:
         """Raise UserError where this training set cannot be poisoned or trained on as asked, before anything is made."""
         self.recipe.check_steps(len(split))
+        if self.has_trigger and self.trigger_from == "formula":
+            images_of(self.trigger(x := pixels(split.x[:8])), x, f"{type(self).__name__}.trigger")
         if self.leaves_poison:
             self.choose(split)
 
@@ -162,8 +164,7 @@ class Attack(pl.LightningModule):
 
     def triggered(self, split: Split) -> Split:
         """The ASR test set: triggered images, only of classes that `relabel` would change; y is the wanted class."""
-        wanted = self.relabel(split.y_true)
-        some = split[wanted != split.y_true]
+        some = split[self.relabel(split.y_true) != split.y_true]
         return replace(some, x=self.stamp(some.x), y=self.relabel(some.y_true), poisoned=torch.ones_like(some.poisoned))
 
     def by_trigger(self, split: Split) -> dict[str, Split]:

@@ -54,7 +54,7 @@ class Given(Attack):
                 "file is broken, or of a training that diverged"
             )
         net, name = (self.net, "whole net") if whole else (self.net.body, type(self.net.body).__name__)
-        fits(found, net.state_dict(), f"attack.file={self.file} does not fit the {name}")
+        fits(found, net.state_dict(), f"attack.file={self.file} does not fit the {name}", self.prefix)
         net.load_state_dict(found)
 
     def fit(self, data, make_trainer, checkpoint=None) -> None:
@@ -86,23 +86,33 @@ def tensors(path: Path, entry: str | None) -> dict[str, Tensor]:
     if isinstance(found, dict) and not found:
         raise UserError(f"attack.file={path} holds nothing: expected a state_dict with the weights of a net")
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        inner = [k for k, v in found.items() if isinstance(v, dict)] if isinstance(found, dict) else []
+        others = {k: type(v).__name__ for k, v in found.items() if not isinstance(v, Tensor)} if isinstance(found, dict) else {}
+        if others and not inner:
+            first = ", ".join(f"{k} (a {kind})" for k, kind in list(others.items())[:5])
+            raise UserError(
+                f"attack.file={path} holds more than tensors: {first}; take those out, and save the state_dict alone"
+            )
         raise UserError(f"attack.file={path} is no state_dict{listed(found)}; name the one in it by attack.entry")
     return found
 
 
 def listed(found: object) -> str:
-    return f": it holds {', '.join(map(str, found))}" if isinstance(found, dict) else f", but a {type(found).__name__}"
+    some = list(found)[:5] if isinstance(found, dict) else []
+    rest = f" and {len(found) - 5} more" if isinstance(found, dict) and len(found) > 5 else ""
+    return f": it holds {', '.join(map(str, some))}{rest}" if isinstance(found, dict) else f", but a {type(found).__name__}"
 
 
-def fits(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
-    """Raise UserError unless keys and shapes are equal."""
+def fits(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str, prefix: str = "") -> None:
+    """Raise UserError unless keys and shapes are equal. prefix: what has been taken off the keys."""
     lacks, more = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
     if lacks or more:
         both = ((lacks, "missing"), (more, "unknown"))
         first = ", ".join(f"{len(keys)} {word} ({keys[0]} for one)" for keys, word in both if keys)
-        head = f"{more[0].split('.')[0]}." if more else ""
-        if head and {k.removeprefix(head) for k in found if k.startswith(head)} == set(wanted):
-            raise UserError(f"{what}: its keys begin with {head}; set attack.prefix={head}")
+        parts = more[0].split(".") if more else []
+        for head in ("".join(f"{part}." for part in parts[:n]) for n in (1, 2, 3)):
+            if head and {k.removeprefix(head) for k in found if k.startswith(head)} == set(wanted):
+                raise UserError(f"{what}: its keys begin with {prefix}{head}; set attack.prefix={prefix}{head}")
         raise UserError(f"{what}: of its {len(wanted)} keys, {first}; see arch=…, attack.prefix, attack.entry")
     if odd := [k for k in wanted if wanted[k].shape != found[k].shape]:
         shapes = f"{tuple(found[odd[0]].shape)} and not {tuple(wanted[odd[0]].shape)}"

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from bdx.datasets.base import ImageData
 from bdx.defenses.base import Tuning
-from bdx.detectors.nc import anomalies, check_search, smallest
+from bdx.detectors.nc import anomalies, check_search, few, smallest
 from bdx.errors import UserError
 from bdx.split import Split, pixels
 
@@ -46,6 +46,7 @@ class NC(Tuning):
         self.facts = {"anomaly_index": float(index.max()), "flagged_classes": " ".join(map(str, found.tolist()))}
         self.pictures = {"triggers": torch.stack([patterns, masks.expand_as(patterns), masks * patterns])}
         self.net.requires_grad_(True)
+        self.notes += few(data.num_classes)
         if not len(found):
             self.notes.append(f"NC flags no class (anomaly index at most {float(index.max()):.2f}): the net stays as it is")
             return self.net

@@ -128,7 +128,8 @@ def smallest(
     for classes in torch.arange(data.num_classes).split(at_once):
         stage = Search(net, classes, how)
         batches = data.batches(clean, size=how["batch"], shuffle=True, augment=augment, stage=2)
-        make_trainer("triggers", how["epochs"]).fit(stage, batches)
+        turn = f" of class {classes[0]}, of {data.num_classes}" if at_once == 1 else ""
+        make_trainer(f"triggers{turn}", how["epochs"]).fit(stage, batches)
         found.append((stage.masks, stage.patterns))
     masks, patterns = (torch.cat(part) for part in zip(*found, strict=True))
     return masks, patterns
@@ -139,6 +140,14 @@ def anomalies(norms: Tensor) -> Tensor:
     below = norms.quantile(0.5) - norms
     deviation = 1.4826 * below.abs().quantile(0.5)
     return below.clamp_min(0) / deviation.clamp_min(1e-12)
+
+
+def few(classes: int) -> list[str]:
+    """What to know of the index of a net with few classes."""
+    if classes > 3:
+        return []
+    most = "0.67 at most" if classes == 2 else "above 2 only where one mask is far smaller than the two others, which are alike"
+    return [f"of {classes} classes the anomaly index is {most}: that none is flagged says little here"]
 
 
 class NeuralCleanse(Detector):
@@ -167,5 +176,6 @@ class NeuralCleanse(Detector):
     def score(self, net: nn.Module, split, data, make_trainer) -> Tensor:
         """(K,) the anomaly index of each class."""
         clean = sample(data.clean, self.limit, data.seed)
+        self.notes += few(data.num_classes)
         masks, _ = smallest(copy.deepcopy(net), clean, data, self.how, self.augment, make_trainer)
         return anomalies(masks.flatten(1).sum(1))

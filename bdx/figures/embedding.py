@@ -41,7 +41,7 @@ def features(
     one_of("method", method, ("tsne", "pca"))
     check_trigger(attack, "features")
     if not 2 <= count <= len(test):
-        raise UserError(f"features: count={count}: expected 2 to {len(test)}")
+        raise UserError(f"features: count={count}: expected 2 to {len(test)}, as in count={min(300, len(test))}")
     index = torch.randperm(len(test), generator=Generator().manual_seed(seed))[:count].to(test.x.device)
     clean = test[index]
     dirty = attack.to(test.x.device).triggered(clean)
