@@ -242,7 +242,8 @@ def test_a_job_that_the_controller_lost_is_queued_again_three_times(state, start
     assert capsys.readouterr().err.count("it is queued again") == 3
 
 
-def test_a_second_sweep_follows_the_jobs_of_the_first(cluster):
+def one_after_the_other(cluster):
+    """Two sweeps: the first has sent r0 as job 7, which the second wants too, and has sent r1 as job 8."""
     first, second = cluster(), cluster()
     first.submit(jobs(1)[0])
     first.wait(0)
@@ -250,6 +251,11 @@ def test_a_second_sweep_follows_the_jobs_of_the_first(cluster):
     for job in jobs(2):
         second.submit(job)
     second.wait(0)
+    return first, second
+
+
+def test_a_second_sweep_follows_the_jobs_of_the_first(cluster):
+    first, second = one_after_the_other(cluster)
     assert {id: sent.at for id, sent in second.sent.items()} == {"r0": "7", "r1": "8"}
     (cluster.home / "queue").write_text("7\n8\n")
     says(cluster, "r0", state="done")
@@ -257,13 +263,7 @@ def test_a_second_sweep_follows_the_jobs_of_the_first(cluster):
 
 
 def test_a_sweep_that_is_interrupted_leaves_the_jobs_of_another(cluster, capsys):
-    first, second = cluster(), cluster()
-    first.submit(jobs(1)[0])
-    first.wait(0)
-    (cluster.home / "queue").write_text("7\n")
-    for job in jobs(2):
-        second.submit(job)
-    second.wait(0)
+    first, second = one_after_the_other(cluster)
     second.close()
     assert (cluster.home / "cancelled").read_text().split() == ["8"]
     assert "1 jobs that an earlier sweep has sent go on; `scancel 7` ends them" in capsys.readouterr().err
