@@ -142,6 +142,8 @@ def execute(cfg) -> dict:
     screen.say(f"{names.attack} on {names.dataset}, {names.arch}, train={names.train}; then {names.defense}; seed {cfg.seed}")
     if row := results.finished(cfg):
         screen.say(results.DONE)
+        if lacks := results.not_made(cfg, row["id"]):
+            screen.say(lacks)
         return row
     from bdx.run import run
 

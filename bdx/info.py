@@ -53,7 +53,7 @@ def needs(kind: str, declared: dict) -> str:
         return f"{label}, {poison}, {trigger} trigger{origin[declared.get('trigger_from', 'formula')]}"
     if kind == "defense":
         words = {"clean": "clean images", "train": "the poisoned training set"}
-        asked = [words[n] for n in sorted(declared.get("needs", {"clean"}))]
+        asked = [words.get(n, str(n)) for n in sorted(declared.get("needs", {"clean"}))]
         return "needs " + (", ".join(asked + ["BatchNorm"] * bool(declared.get("needs_batchnorm"))) or "nothing")
     if kind == "detector":
         words = {"train": "the poisoned training set", "test": "test inputs", "net": "the net"}

@@ -82,6 +82,14 @@ def finished(cfg: DictConfig) -> dict | None:
     return known(cfg, Path(cfg.paths.results).expanduser(), recipe.of_run)
 
 
+def not_made(cfg: DictConfig, id: str) -> str:
+    """What this command asks for besides the row, and only a run leaves; empty for nothing."""
+    curve = Path(cfg.paths.nets).expanduser() / f"{id}.log" / "ORACLE_curve.csv"
+    lacks = ["eval.oracle=true: no curve of it was kept"] if cfg.eval.oracle and not curve.exists() else []
+    lacks += ["logger=wandb: nothing is sent again"] * ("wandb" in cfg.logger.get("_target_", "").lower())
+    return "; ".join(lacks)
+
+
 def known(cfg: DictConfig, folder: Path, of: Callable) -> dict | None:
     """The row in `folder` of what `of(cfg, sha256 of the data)` is the recipe, or None."""
     if not any(folder.glob("*.json")):  # no cache is made or downloaded only to learn that

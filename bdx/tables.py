@@ -61,20 +61,21 @@ def fields(entry: Entry, metrics_: list[str], marked: dict[str, dict[int, str]])
     return found
 
 
-def laid_out(table: Table, entries: list[Entry]) -> tuple[list[str], list[list[Text]]]:
-    """Head and rows, by attack, the averages last."""
+def laid_out(table: Table, entries: list[Entry], runs: bool = False) -> tuple[list[str], list[list[Text]]]:
+    """Head and rows, by attack, the averages last. runs: the ids of the runs behind each line as well."""
     axes = [a for a in table.axes if a != "seed"]
     prints = {m for e in entries for m in e.paper if not m.endswith("_std")} | (
         set() if table.of_picture else {table.claim["metric"]}
     )
     names = [*SCORES, *sorted(prints - set(SCORES))]
-    head = [*axes, *(h for m in names for h in (m.upper() if m in SCORES else m, *BESIDE)), "n"]
+    head = [*axes, *(h for m in names for h in (m.upper() if m in SCORES else m, *BESIDE)), "n", *["runs"] * runs]
     rows = []
     for group in by_attack([*entries, *averages(table, entries)]):
         marked = {m: marks(group, m) for m in names}
         for e in group:
             n = f"missing: {e.cell.lacks}" if e.cell.lacks else e.n or str(len(e.ours))
-            rows.append([*(Text(str(e.cell.at.get(a, ""))) for a in axes), *fields(e, names, marked), Text(n)])
+            ids = [Text(" ".join(row["id"] for row in e.ours if "id" in row))] * runs  # an average has none of its own
+            rows.append([*(Text(str(e.cell.at.get(a, ""))) for a in axes), *fields(e, names, marked), Text(n), *ids])
     return head, rows
 
 
@@ -168,7 +169,8 @@ def table(argv: list[str]) -> int:
     form, argv = option(argv, "--format", "md")
     one_of("--format", form, FORMATS)
     found = read(argv, USAGE)
-    print(FORMATS[form](found.title, *laid_out(found.table, found.entries), notes(found.table, found.entries)), end="")
+    lines = laid_out(found.table, found.entries, runs=form == "csv")
+    print(FORMATS[form](found.title, *lines, notes(found.table, found.entries)), end="")
     strangers(found.paths["results"])
     return 0
 

@@ -496,6 +496,11 @@ def test_a_run_prints_a_table_and_the_places_of_its_files(bdx, shared):
     assert "this run is done" in again.out
     assert "epoch" not in again.out
     assert next(r for r in rows(shared) if r["seed"] == 11) == row
+    assert "eval.oracle" not in again.out
+    assert (
+        "eval.oracle=true: no curve of it was kept; logger=wandb: nothing is sent again"
+        in bdx(*(w for w in command if not w.startswith("logger")), "eval.oracle=true", "logger=wandb").out
+    )
 
 
 def test_a_finished_run_is_shown_without_torch(bdx, shared):

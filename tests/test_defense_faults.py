@@ -12,9 +12,11 @@ from conftest import TINY, build_attack, load_digits, paths
 
 import bdx.run
 from bdx import corruptions
+from bdx.archs import base as archs
 from bdx.backdoor import fit
 from bdx.build import instantiate
 from bdx.configure import compose
+from bdx.defenses.base import Tuning
 from bdx.defenses.sau import wrong
 from bdx.errors import UserError
 from bdx.isolation import symmetric
@@ -257,3 +259,16 @@ def test_corruptions_that_move_and_cover():
     assert float(black.min()) == pytest.approx(0.2 * 0.5)  # pale where no flake is
     assert float(black.max()) > 0.2
     assert float(white.min()) == pytest.approx(0.8 + 0.2 * 2.0)
+
+
+def test_what_a_new_defense_gets_wrong_is_said_in_a_line(digits, tmp_path):
+    class Wrong(Tuning):
+        needs = "clean"
+
+    net = build_attack(digits, "attack=badnets").net
+    how = {"epochs": 1, "batch": 8, "augment": False, "optimizer": None, "schedule": None}
+    with pytest.raises(UserError, match=r"Wrong\.needs='clean': expected a frozenset of clean, train, or of none"):
+        Wrong(net, **how)
+    for returned, name in ((None, "NoneType"), (torch.nn.Sequential(net), "Sequential")):
+        with pytest.raises(UserError, match=rf"a {name} is no repaired net: a defense returns the one it was given"):
+            archs.save(returned, tmp_path / "net")

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+
 import pytest
-from conftest import ROOT, ROW
+from conftest import ROOT, ROW, TINY, paths
 from test_tables import cells, row
 
 from bdx import chosen, grid, overview, readme, recipe, results
@@ -213,3 +219,25 @@ def test_the_file_is_written_whole_and_a_missing_one_is_named(tmp_path, capsys, 
     with pytest.raises(UserError, match="no such file"):
         readme.main([str(tmp_path / "READTHAT.md")])
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
+
+
+@pytest.mark.slow
+def test_the_method_in_two_files_runs_as_it_stands(tmp_path):
+    """Its files as a reader would copy them, in a copy of the package."""
+    for part in ("bdx", "conf", "experiments"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    text = (ROOT / "README.md").read_text().partition("## Add a method in two files")[2]
+    found = re.findall(r"`((?:bdx|conf)/\S+\.(?:py|yaml))`[^`]*?```(?:python|yaml)\n(.*?)```", text, re.S)
+    assert [name for name, _ in found] == [
+        "bdx/attacks/stripe.py", "conf/attack/stripe.yaml", "bdx/defenses/soft.py", "conf/defense/soft.yaml",
+    ]  # fmt: skip
+    for name, content in found:
+        (tmp_path / name).write_text(content)
+    words = [*TINY, "train.epochs=1", "attack=stripe", "defense=soft", "defense.epochs=1", *paths(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-m", "bdx.cli", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    (made,) = results.rows(tmp_path / "out" / "results")
+    assert (made["attack"], made["defense"]) == ("stripe", "soft")

@@ -421,6 +421,17 @@ def test_several_values_of_a_setting_are_other_settings_too(tmp_path):
     assert not any(e.comparable for e in found if e.ours)
 
 
+def test_a_csv_names_the_runs_behind_each_number(tmp_path):
+    (cell,) = cells("npd2023/table01", "cpu", "attack=badnets", "defense=npd")
+    folder = write(tmp_path, *(row(cell, seed) for seed in (0, 1)))
+    table, _ = grid.asked(grid.load("npd2023/table01"), ("attack=badnets", "defense=npd"))
+    found = entries("npd2023/table01", "attack=badnets", "defense=npd", scale="cpu", folders=[folder])
+    head, lines = tables.laid_out(table, found, runs=True)
+    assert head[-2:] == ["n", "runs"]
+    (ids,) = [line[-1].text.split() for line in lines if line[1].text == "npd"]
+    assert sorted(ids) == sorted(p.stem for p in folder.glob("*.json"))
+
+
 def test_printed_numbers_of_another_net_are_shown_and_not_compared(tmp_path):
     """scale=cpu takes its thin net in place of any."""
     for scale, same_as in (("cpu", False), ("paper", True)):

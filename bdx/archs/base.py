@@ -116,6 +116,8 @@ def fresh(net: Classifier) -> Classifier:
 
 def save(net: Classifier, folder: Path, **facts) -> None:
     """Write net.safetensors and net.json (architecture, insertions, checksum, versions, `facts`) into `folder`."""
+    if not isinstance(net, Classifier):
+        raise UserError(f"a {type(net).__name__} is no repaired net: a defense returns the one it was given, or one built so")
     meta = {"format": FORMAT, **net.spec, "insertions": surgery.insertions(net), "versions": provenance(), **facts}
     save_folder(folder, net.state_dict(), meta, weights="net.safetensors", sheet="net.json")
 

@@ -42,6 +42,8 @@ class Defense(pl.LightningModule):
 
     def __init__(self, net: nn.Module):
         super().__init__()
+        if not isinstance(self.needs, frozenset) or not self.needs <= {"clean", "train"}:
+            raise UserError(f"{type(self).__name__}.needs={self.needs!r}: expected a frozenset of clean, train, or of none")
         if self.needs_batchnorm and not surgery.batchnorms(net):
             raise UserError(
                 f"{type(self).__name__} works on BatchNorm layers, and {net.spec['arch']['_target_']} has none; "
