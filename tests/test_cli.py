@@ -297,7 +297,7 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(bdx
         )
     assert not list(tmp_path.glob("out/store/[!.]*"))
     refused(bdx("-m", *SMALL, data, f"paths.out={file}", "seed=0,1"), rf"{file} cannot be written")
-    refused(bdx(*SMALL, data, "paths.out=/proc/no"), r"/proc/no/nets cannot be written: No such file or directory")
+    refused(bdx(*SMALL, data, "paths.out=/proc/no"), "/proc/no/locks cannot be written: No such file or directory")
 
 
 @pytest.mark.parametrize("argv", [SMALL, ["data", "prepare", "digits"]], ids=["run", "prepare"])
