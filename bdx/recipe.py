@@ -21,8 +21,10 @@ DRAW = 2  # how the reserved images are drawn; 1 was the attacks' own permutatio
 CHOICE = 2  # how a dirty-label attack draws whom to poison at seed 0; 1 was the order of its victim's first epoch
 PLUMBING = ("paths", "trainer", "logger", "eval", "hydra", "asked")
 # later keys, and the value with which all is as before: no part of an id then
-SINCE = {"made": None, "latent": 0.0, "zoom": 1.0, "generated": None, "wants": "all2one", "cutout": None, "away_from": "label"}
-SINCE |= {"per_image": False, "projector_norm": False}
+SINCE = {
+    "made": None, "latent": 0.0, "zoom": 1.0, "generated": None, "wants": "all2one", "cutout": None, "away_from": "label",
+    "per_image": False, "projector_norm": False,
+}  # fmt: skip
 CONTENT = ("file", "made", "generated")  # a user's files
 BACKDOOR = ("dataset", "arch", "attack", "train", "seed")
 

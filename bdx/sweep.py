@@ -140,7 +140,7 @@ def sweep(argv: list[str]) -> int:
         listed(todo, say)
     if dry or not todo:
         say(f"planned in {time.monotonic() - started:.1f} s; its rows: bdx table {name} scale={scale.name}")
-        return 0
+        return int(bool(found.without) and not dry)
     for place in (*["store"] * any(not found.stored(c.backdoor) for c in todo), "nets", "results"):
         files.writable(found.paths[place], f"paths.{place}, paths.out or BDX_OUT")
     runner = engines.engine(kind, **how, folder=found.paths["out"] / "sweep")
@@ -148,7 +148,7 @@ def sweep(argv: list[str]) -> int:
         follow(drive := Drive(found, todo, runner), console)
     finally:
         runner.close()
-    return report(drive, argv, say)
+    return report(drive, argv, say) or int(bool(found.without))
 
 
 def report(drive: Drive, argv: list[str], say) -> int:

@@ -54,7 +54,8 @@ class Worker:
         try:
             for line in self.process.stdout:
                 with contextlib.suppress(json.JSONDecodeError):  # somebody else prints as Python starts
-                    answers.put((self, json.loads(line)))
+                    if isinstance(said := json.loads(line), dict):
+                        answers.put((self, said))
             self.process.wait()
         finally:
             answers.put((self, None))
@@ -113,7 +114,9 @@ def cell(words: tuple[str, ...], composer: Composer) -> dict:
         return {"state": state, "reason": why, "busy": time.monotonic() - started}
 
     try:
-        run(composer.config(words))
+        cfg = composer.config(words)
+        started = time.monotonic()
+        run(cfg)
         return outcome("done")
     except UserError as e:
         return outcome("refused", str(e))

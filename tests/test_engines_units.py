@@ -309,7 +309,7 @@ def test_a_shift_runs_its_cells_in_one_process_and_goes_on_after_one_died(toy):
 
 def test_what_else_a_worker_prints_does_not_deafen_the_sweep(toy, monkeypatch):
     """A sitecustomize of the user's, or a module of theirs that prints."""
-    monkeypatch.setattr(bdx.worker, "COMMAND", [sys.executable, "-c", "print('hello')\n" + TOY])
+    monkeypatch.setattr(bdx.worker, "COMMAND", [sys.executable, "-c", "print('hello\\n3')\n" + TOY])
     answers: queue.Queue = queue.Queue()
     worker = bdx.worker.Worker("", 1, toy / "log", answers)
     assert answers.get(timeout=30)[1].keys() == {"ready"}

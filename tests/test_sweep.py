@@ -141,6 +141,12 @@ def test_images_that_cannot_be_had_stop_no_other(tmp_path, capsys, monkeypatch):
         plan.plan(grid.load(NAME), grid.scale("paper"), [*words[1:], "dataset=cifar10"], Composer(), fetch=True)
 
 
+def test_where_images_cannot_be_had_the_exit_code_says_that_cells_are_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sweep, "plan", lambda *_, **__: Plan([], {"results": tmp_path}, {"cifar10": "cifar10: no network"}))
+    assert sweep.sweep([NAME, "scale=smoke"]) == 1
+    assert "images: cifar10: no network" in capsys.readouterr().out
+
+
 def test_a_plan_takes_no_other_data_set_for_the_one_it_wants(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "cifar100.safetensors").write_bytes(b"")

@@ -85,22 +85,19 @@ def tensors(path: Path, entry: str | None) -> dict[str, Tensor]:
         found = found[entry]
     if isinstance(found, dict) and not found:
         raise UserError(f"attack.file={path} holds nothing: expected a state_dict with the weights of a net")
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        inner = [k for k, v in found.items() if isinstance(v, dict)] if isinstance(found, dict) else []
-        others = {k: type(v).__name__ for k, v in found.items() if not isinstance(v, Tensor)} if isinstance(found, dict) else {}
-        if others and not inner:
-            first = ", ".join(f"{k} (a {kind})" for k, kind in list(others.items())[:5])
-            raise UserError(
-                f"attack.file={path} holds more than tensors: {first}; take those out, and save the state_dict alone"
-            )
+    others = {k: v for k, v in found.items() if not isinstance(v, Tensor)} if isinstance(found, dict) else None
+    if others is None or any(isinstance(v, dict) for v in others.values()):
         raise UserError(f"attack.file={path} is no state_dict{listed(found)}; name the one in it by attack.entry")
+    if others:
+        first = ", ".join(f"{k} (a {type(v).__name__})" for k, v in list(others.items())[:5])
+        raise UserError(f"attack.file={path} holds more than tensors: {first}; take those out, and save the state_dict alone")
     return found
 
 
 def listed(found: object) -> str:
-    some = list(found)[:5] if isinstance(found, dict) else []
-    rest = f" and {len(found) - 5} more" if isinstance(found, dict) and len(found) > 5 else ""
-    return f": it holds {', '.join(map(str, some))}{rest}" if isinstance(found, dict) else f", but a {type(found).__name__}"
+    if not isinstance(found, dict):
+        return f", but a {type(found).__name__}"
+    return f": it holds {', '.join(map(str, list(found)[:5]))}" + f" and {len(found) - 5} more" * (len(found) > 5)
 
 
 def fits(found: dict[str, Tensor], wanted: dict[str, Tensor], what: str, prefix: str = "") -> None:
